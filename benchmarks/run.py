@@ -1,0 +1,191 @@
+"""Times jax_na and its peers on one GPU.
+
+    python benchmarks/run.py --cases benchmarks/cases.json --output results
+
+Forward and backward by device time alone (timing.py), medians; useful TFLOP/s; visited
+over useful work where jax_na's planner knows it; the ratio to the fastest peer. Prints a
+table, and writes JSON lines and bar charts to the output folder. Peers that cannot be
+imported, or cannot run a case, are left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cases
+import jax
+import peers
+import timing
+import torch_peers
+
+import jax_na
+
+OURS = ("fused", "gemm", "naive", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One case and contender; times in milliseconds, None where not measured."""
+
+    case: str
+    contender: str
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    forward_tflops: float | None = None
+    backward_tflops: float | None = None
+    visited_over_useful: float | None = None
+    refusal: str | None = None
+
+
+Attention = Callable[..., jax.Array]
+
+
+def _measure_jax(
+    make: Callable[[cases.Case], Attention], case: cases.Case, calls: int
+) -> tuple[float, float]:
+    attend = make(case)
+    query, key, value, cotangent = case.operands()
+    forward = jax.jit(attend)
+    _, vjp = jax.vjp(forward, query, key, value)
+    backward = jax.jit(lambda vjp, cotangent: vjp(cotangent))
+    return (
+        timing.jax_milliseconds(lambda: forward(query, key, value), calls),
+        timing.jax_milliseconds(lambda: backward(vjp, cotangent), calls),
+    )
+
+
+def _ours(implementation: str, **options: Any) -> Callable[[cases.Case], Attention]:
+    return lambda case: functools.partial(
+        jax_na.neighborhood_attention,
+        implementation=implementation,
+        **case.window_arguments,
+        **options,
+    )
+
+
+def _unmasked(case: cases.Case) -> Attention:
+    """cuDNN's attention of every token to all: other work, the rate to measure by."""
+
+    def attention(*arrays: jax.Array) -> jax.Array:
+        flat = (a.reshape(case.batch, case.tokens, *a.shape[-2:]) for a in arrays)
+        out = jax.nn.dot_product_attention(*flat, implementation="cudnn")
+        return out.reshape(case.operand_shape)
+
+    return attention
+
+
+JAX_CONTENDERS: dict[str, Callable[[cases.Case], Attention]] = {
+    **{f"jax_na {name}": _ours(name) for name in OURS},
+    "jax_na fused, deterministic": _ours("fused", deterministic_grads=True),
+    "dense cuDNN, no mask": _unmasked,
+    "dense cuDNN, mask": lambda case: peers.dense(
+        case.shape, implementation="cudnn", **case.window_arguments
+    ),
+    "gather": lambda case: peers.gather(case.shape, **case.window_arguments),
+}
+
+
+def contenders(case: cases.Case, calls: int) -> dict[str, Callable[[], Any]]:
+    """What to measure, by name: functions that return (forward, backward) times."""
+    measures: dict[str, Callable[[], Any]] = {
+        name: functools.partial(_measure_jax, make, case, calls)
+        for name, make in JAX_CONTENDERS.items()
+    }
+    measures |= {
+        name: functools.partial(measure, case, calls)
+        for name, measure in torch_peers.PEERS.items()
+    }
+    return measures
+
+
+def measure(case: cases.Case, wanted: Sequence[str], calls: int) -> list[Measurement]:
+    results = []
+    for name, run in contenders(case, calls).items():
+        if wanted and name not in wanted:
+            continue
+        try:
+            forward, backward = run()
+        except Exception as error:
+            # A contender that lacks memory or support must not end the comparison.
+            refusal = f"{type(error).__name__}: {error}".splitlines()[0]
+            results.append(Measurement(case.name, name, refusal=refusal))
+            continue
+        results.append(
+            Measurement(
+                case.name,
+                name,
+                forward,
+                backward,
+                case.flops(backward=False) / forward / 1e9,
+                case.flops(backward=True) / backward / 1e9,
+                _visited_over_useful(case) if name == "jax_na fused" else None,
+            )
+        )
+    return results
+
+
+def _visited_over_useful(case: cases.Case) -> float | None:
+    operand = jax.ShapeDtypeStruct(case.operand_shape, case.dtype)
+    plan = jax_na.explain(operand, operand, operand, **case.window_arguments)
+    return plan.visited_over_useful
+
+
+def table(results: Sequence[Measurement]) -> str:
+    """One block per case; ratios are to the fastest peer, above 1 being faster."""
+    lines = []
+    for case in dict.fromkeys(result.case for result in results):
+        rows = [result for result in results if result.case == case]
+        peer_rows = [r for r in rows if r.forward_ms and "jax_na" not in r.contender]
+        lines += ["", case, f"{'':34}{'forward':>24}{'backward':>26}"]
+        for row in rows:
+            if row.forward_ms is None:
+                lines.append(f"  {row.contender:32} {row.refusal}")
+                continue
+            cells = [f"  {row.contender:32}"]
+            for kind in ("forward", "backward"):
+                own = getattr(row, f"{kind}_ms")
+                best = min((getattr(r, f"{kind}_ms") for r in peer_rows), default=None)
+                ratio = f"{best / own:6.2f}x" if best else " " * 7
+                rate = getattr(row, f"{kind}_tflops")
+                cells.append(f"{own:9.3f} ms {rate:5.0f} TF {ratio}")
+            if row.visited_over_useful:
+                cells.append(f"  visited/useful {row.visited_over_useful:.2f}")
+            lines.append("".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    here = pathlib.Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", default=here / "cases.json", help="JSON list")
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases")
+    parser.add_argument("--contenders", nargs="*", default=[], help="default: all")
+    parser.add_argument("--calls", type=int, default=20, help="timed calls each")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for results")
+    args = parser.parse_args()
+
+    results = []
+    for case in cases.load(args.cases):
+        if args.only and case.name not in args.only:
+            continue
+        measured = measure(case, args.contenders, args.calls)
+        results += measured
+        print(table(measured), flush=True)
+    if args.output is not None:
+        import charts
+
+        args.output.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(dataclasses.asdict(result)) for result in results]
+        (args.output / "results.jsonl").write_text("\n".join(lines) + "\n")
+        charts.bars(results, args.output)
+    print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Device time of one call: what the GPU's own clock says of its kernels.
+
+For JAX from the profiler (the sum of the kernels' durations, so that neither dispatch nor
+gaps count), for PyTorch likewise. On a CPU there is no such clock; see cpu.py there.
+"""
+
+from __future__ import annotations
+
+import glob
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+
+def _median_of_equal_parts(durations: list[float], calls: int, name: str) -> float:
+    """Median over the calls, which all launch the same kernels in the same order."""
+    if not durations or len(durations) % calls:
+        raise RuntimeError(
+            f"{name}: the profiler saw {len(durations)} kernels in {calls} calls"
+        )
+    size = len(durations) // calls
+    parts = [sum(durations[i : i + size]) for i in range(0, len(durations), size)]
+    return statistics.median(parts)
+
+
+def _jax_kernels(directory: str) -> Iterable[tuple[float, float]]:
+    """(start, duration) in nanoseconds of everything that ran on the GPU."""
+    (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
+    for plane in jax.profiler.ProfileData.from_file(path).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    yield event.start_ns, event.duration_ns
+
+
+def jax_milliseconds(call: Callable[[], Any], calls: int = 20, warm_up: int = 3) -> float:
+    """Median device time of a jitted call without arguments."""
+    for _ in range(warm_up):
+        jax.block_until_ready(call())
+    with tempfile.TemporaryDirectory() as directory:
+        jax.profiler.start_trace(directory)
+        for _ in range(calls):
+            jax.block_until_ready(call())
+        jax.profiler.stop_trace()
+        kernels = sorted(_jax_kernels(directory))
+    return _median_of_equal_parts([d for _, d in kernels], calls, "jax") / 1e6
+
+
+def torch_milliseconds(
+    call: Callable[[], Any], calls: int = 20, warm_up: int = 3
+) -> float:
+    """The same of a PyTorch call."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(warm_up):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    kernels = sorted(
+        (event.time_range.start, event.time_range.elapsed_us())
+        for event in profiled.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    return _median_of_equal_parts([d for _, d in kernels], calls, "torch") / 1e3

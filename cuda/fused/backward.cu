@@ -1,0 +1,216 @@
+// Which backward kernels run a call, and the sums of what several CTAs have found.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "fused.h"
+#include "launch.cuh"
+#include "plans.cuh"
+#include "variants.h"
+
+namespace jax_na::cuda {
+namespace {
+
+using namespace fused;
+
+struct SumPlan {
+  const float* parts;  // [count, size]
+  int32_t count;
+  int64_t size;
+  void* result;
+};
+
+constexpr int kSumThreads = 256;
+
+// result[i] = sum over parts
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ SumPlan plan) {
+  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  if (i >= plan.size) return;
+  float sum = 0;
+  for (int32_t part = 0; part < plan.count; ++part) sum += plan.parts[part * plan.size + i];
+  static_cast<T*>(plan.result)[i] = static_cast<T>(sum);
+}
+
+template <typename T>
+cudaError_t sum_parts(const SumPlan& plan, cudaStream_t stream) {
+  return launch(&sum_kernel<T>, (plan.size + kSumThreads - 1) / kSumThreads, kSumThreads, 0, plan,
+                stream);
+}
+
+int64_t bias_tables(const Problem& p) {
+  return (p.bias_batch_stride == 0 ? 1 : p.batch) * p.heads;
+}
+int64_t bias_partials(const BackwardCall& call, int32_t splits) {
+  if (call.dbias == nullptr || splits <= 1) return 0;
+  return splits * bias_tables(call.problem) * call.problem.bias_size();
+}
+int64_t additional_rows(const Problem& p) { return p.batch * p.additional * p.key_heads; }
+int64_t dkey_partials(const BackwardCall& call, int32_t splits) {
+  if (call.dadditional_key == nullptr || splits <= 1) return 0;
+  return splits * additional_rows(call.problem) * call.problem.head_dim;
+}
+int64_t dvalue_partials(const BackwardCall& call, int32_t splits) {
+  if (call.dadditional_value == nullptr || splits <= 1) return 0;
+  return splits * additional_rows(call.problem) * call.problem.value_dim;
+}
+
+template <typename T, Precision kPrecision>
+cudaError_t dquery(const BackwardPlan& plan, cudaStream_t stream) {
+  switch (padded_dim(plan.call.problem)) {
+    case 32:
+      return launch_dquery<T, 32, kPrecision>(plan, stream);
+    case 64:
+      return launch_dquery<T, 64, kPrecision>(plan, stream);
+    case 96:
+      return launch_dquery<T, 96, kPrecision>(plan, stream);
+    case 128:
+      return launch_dquery<T, 128, kPrecision>(plan, stream);
+    case 192:
+      return launch_dquery<T, 192, kPrecision>(plan, stream);
+    case 256:
+      return launch_dquery<T, 256, kPrecision>(plan, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T, Precision kPrecision>
+cudaError_t dkey_dvalue(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
+  switch (padded_dim(plan.call.problem)) {
+    case 32:
+      return launch_dkey_dvalue<T, 32, kPrecision>(plan, rows, stream);
+    case 64:
+      return launch_dkey_dvalue<T, 64, kPrecision>(plan, rows, stream);
+    case 96:
+      return launch_dkey_dvalue<T, 96, kPrecision>(plan, rows, stream);
+    case 128:
+      return launch_dkey_dvalue<T, 128, kPrecision>(plan, rows, stream);
+    case 192:
+      return launch_dkey_dvalue<T, 192, kPrecision>(plan, rows, stream);
+    case 256:
+      return launch_dkey_dvalue<T, 256, kPrecision>(plan, rows, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+BackwardPlan plan_of(const BackwardCall& call, const int32_t (&row_grid)[kMaxRank],
+                     const int32_t (&rows)[kMaxRank], const int32_t (&columns)[kMaxRank]) {
+  const Problem& p = call.problem;
+  BackwardPlan plan{};
+  plan.call = call;
+  plan.rows = TileGrid(row_grid, p.window, rows);
+  plan.columns = ColumnBox(columns);
+  plan.group = Divisor(p.heads / p.key_heads);
+  plan.key_heads = Divisor(p.key_heads);
+  plan.one = Divisor(1);
+  plan.bias_splits = plan.column_splits = 1;
+  return plan;
+}
+
+// The call in which the additional keys are all keys, with everything in sight.
+BackwardCall additional_call(const BackwardCall& call) {
+  BackwardCall additional = call;
+  Problem& p = additional.problem;
+  for (int a = 0; a < kMaxRank; ++a) {
+    p.window[a] = AxisWindow{1, 1, 1, false};
+    p.key_grid[a] = 1;
+  }
+  p.key_grid[kMaxRank - 1] = p.additional;
+  p.additional = 0;
+  additional.in.key = call.in.additional_key;
+  additional.in.value = call.in.additional_value;
+  additional.in.bias = nullptr;
+  additional.dkey = call.dadditional_key;
+  additional.dvalue = call.dadditional_value;
+  return additional;
+}
+
+template <typename T, Precision kPrecision>
+cudaError_t run(const BackwardCall& call, const BackwardTiling& tiling, float* workspace,
+                cudaStream_t stream) {
+  const Problem& p = call.problem;
+  cudaError_t status = cudaSuccess;
+  if (call.dquery != nullptr || call.dbias != nullptr) {
+    BackwardPlan plan =
+        plan_of(call, p.query_grid, tiling.dquery.query_tile, tiling.dquery.key_tile);
+    plan.bias_splits = tiling.bias_splits;
+    plan.tables = bias_tables(p);
+    plan.bias_partials =
+        tiling.bias_splits > 1 ? workspace : static_cast<float*>(call.dbias);
+    int32_t distances[kMaxRank];
+    for (int a = 0; a < kMaxRank; ++a) {
+      distances[a] = tiling.dquery.query_tile[a] + tiling.dquery.key_tile[a] - 1;
+    }
+    plan.distances = BoxOrder(distances);
+    status = dquery<T, kPrecision>(plan, stream);
+    if (status != cudaSuccess) return status;
+    if (call.dbias != nullptr && tiling.bias_splits > 1) {
+      status = sum_parts<float>(
+          {workspace, tiling.bias_splits, plan.tables * p.bias_size(), call.dbias}, stream);
+      if (status != cudaSuccess) return status;
+    }
+  }
+  if ((call.dkey != nullptr || call.dvalue != nullptr) && p.key_tokens() > 0) {
+    const BackwardPlan plan =
+        plan_of(call, p.key_grid, tiling.dkey_dvalue.key_tile, tiling.dkey_dvalue.query_tile);
+    status = dkey_dvalue<T, kPrecision>(plan, Side::kKeys, stream);
+    if (status != cudaSuccess) return status;
+  }
+  if (p.additional > 0 &&
+      (call.dadditional_key != nullptr || call.dadditional_value != nullptr)) {
+    const BackwardCall additional = additional_call(call);
+    const int32_t splits = tiling.additional_splits, list[kMaxRank] = {
+        1, 1, backward_rows(padded_dim(p), element_bytes(p))};
+    BackwardPlan plan = plan_of(additional, additional.problem.key_grid, list,
+                                tiling.dkey_dvalue.query_tile);
+    plan.column_splits = splits;
+    plan.dkey_partials = workspace + bias_partials(call, tiling.bias_splits);
+    plan.dvalue_partials = plan.dkey_partials + dkey_partials(call, splits);
+    status = dkey_dvalue<T, kPrecision>(plan, Side::kAdditional, stream);
+    if (status == cudaSuccess && dkey_partials(call, splits) > 0) {
+      status = sum_parts<T>({plan.dkey_partials, splits, additional_rows(p) * p.head_dim,
+                             call.dadditional_key},
+                            stream);
+    }
+    if (status == cudaSuccess && dvalue_partials(call, splits) > 0) {
+      status = sum_parts<T>({plan.dvalue_partials, splits, additional_rows(p) * p.value_dim,
+                             call.dadditional_value},
+                            stream);
+    }
+  }
+  return status;
+}
+
+}  // namespace
+
+int64_t backward_fused_workspace(const BackwardCall& call, const BackwardTiling& tiling) {
+  return bias_partials(call, tiling.bias_splits) +
+         dkey_partials(call, tiling.additional_splits) +
+         dvalue_partials(call, tiling.additional_splits);
+}
+
+cudaError_t backward_fused(const BackwardCall& call, const BackwardTiling& tiling,
+                           bool highest_precision, float* workspace, cudaStream_t stream) {
+  const Problem& p = call.problem;
+  const int rows = backward_rows(padded_dim(p), element_bytes(p));
+  if (!supported(p) || !fits(p, rows, tiling.dquery.query_tile, tiling.dquery.key_tile) ||
+      !fits(p, rows, tiling.dkey_dvalue.key_tile, tiling.dkey_dvalue.query_tile) ||
+      tiling.bias_splits < 1 || tiling.additional_splits < 1) {
+    return cudaErrorInvalidValue;
+  }
+  switch (p.element_type) {
+    case ElementType::kF16:
+      return run<__half, Precision::kDefault>(call, tiling, workspace, stream);
+    case ElementType::kBF16:
+      return run<__nv_bfloat16, Precision::kDefault>(call, tiling, workspace, stream);
+    case ElementType::kF32:
+      return highest_precision
+                 ? run<float, Precision::kHighest>(call, tiling, workspace, stream)
+                 : run<float, Precision::kDefault>(call, tiling, workspace, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace jax_na::cuda

@@ -1,0 +1,8 @@
+#include "dkey_dvalue.cuh"
+#include "dquery.cuh"
+
+namespace jax_na::cuda::fused {
+template cudaError_t launch_dquery<__nv_bfloat16, 96, Precision::kDefault>(const BackwardPlan&, cudaStream_t);
+template cudaError_t launch_dkey_dvalue<__nv_bfloat16, 96, Precision::kDefault>(const BackwardPlan&, Side,
+                                                                     cudaStream_t);
+}  // namespace jax_na::cuda::fused

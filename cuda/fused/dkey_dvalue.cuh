@@ -1,0 +1,325 @@
+// Gradients of keys and values: a CTA owns a tile of keys of one key head and visits the
+// queries that see them, of every query head of the group.
+//
+//   P^T = exp(scale K Q^T + bias - lse),  dV = P^T dO
+//   dS^T = P^T (V dO^T - delta),          dK = scale dS^T Q
+#pragma once
+
+#include "bias.cuh"
+#include "gemm.cuh"
+#include "geometry.cuh"
+#include "launch.cuh"
+#include "plans.cuh"
+#include "softmax.cuh"
+#include "staging.cuh"
+#include "stream.cuh"
+#include "variants.h"
+
+namespace jax_na::cuda::fused {
+
+// Which gradients one launch makes. Those of wide heads do not fit the registers together.
+enum class Wanted { kBoth, kDKey, kDValue };
+
+template <typename T_, int kDim_, Precision kPrecision_, Wanted kWanted>
+struct DKeyShape {
+  using T = T_;
+  static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
+  static constexpr Precision kPrecision = kPrecision_;
+  static constexpr bool kDKey = kWanted != Wanted::kDValue;
+  static constexpr bool kDValue = kWanted != Wanted::kDKey;
+
+  using Layout = RowLayout<kDim * sizeof(T)>;
+  static constexpr int kRows = backward_rows(kDim, sizeof(T));
+  static constexpr int kColumns = columns_of(kDim, sizeof(T));
+  static constexpr int kWarps = warps_of(kDim, sizeof(T));
+  static constexpr int kThreads = kWarps * kWarpLanes;
+  static constexpr int kWarpRows = kRows / kWarps;
+  static constexpr int kMTiles = kWarpRows / 16;
+  static constexpr int kStages = Layout::kRowBytes <= 256 ? 2 : 1;
+  static constexpr bool kRowsHeld = Layout::kRowBytes <= 128;
+  static constexpr int kResident = Layout::kRowBytes <= 128   ? 3
+                                   : Layout::kRowBytes <= 256 ? 2
+                                                              : 1;
+
+  struct Shared {
+    alignas(128) uint8_t key[kRows * Layout::kRowBytes];    // dK in the end
+    alignas(128) uint8_t value[kRows * Layout::kRowBytes];  // dV in the end
+    alignas(128) uint8_t query[kStages][kColumns * Layout::kRowBytes];
+    alignas(128) uint8_t dout[kStages][kColumns * Layout::kRowBytes];
+    alignas(8) float lse[2][kColumns];  // in log2 units; +inf, so that weights are 0, where -inf
+    alignas(8) float delta[2][kColumns];
+    TileTables<kRows> tables;
+    BiasTables<kRows> bias;
+  };
+};
+
+// The queries of one head after the other, box by box.
+struct QueryWalk {
+  Walk walk;
+  int32_t member, members;  // of the group
+  int32_t begin, end, at;   // boxes of a head
+  int32_t count[kMaxRank];  // of all boxes along an axis
+
+  template <Side kRowsAre, int kRows>
+  __device__ __forceinline__ void start(const TileTables<kRows>& tables,
+                                        const BackwardPlan& plan, int32_t split) {
+    walk.start<kRowsAre>(tables, plan.call.problem, plan.rows, 0, 0);
+    const int32_t(&extent)[kMaxRank] = plan.columns.order.extent;
+    int32_t boxes = walk.more();
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      count[a] = max(1, (walk.length[a] + extent[a] - 1) / extent[a]);
+      boxes *= count[a];
+    }
+    begin = static_cast<int32_t>(int64_t{boxes} * split / plan.column_splits);
+    end = static_cast<int32_t>(int64_t{boxes} * (split + 1) / plan.column_splits);
+    member = 0;
+    members = begin < end ? plan.group.value : 0;
+    at = begin;
+    seek(extent);
+  }
+
+  __device__ __forceinline__ bool more() const { return member < members; }
+
+  __device__ __forceinline__ void advance(const int32_t (&extent)[kMaxRank]) {
+    if (++at < end) {
+      walk.advance(extent);
+    } else {
+      ++member;
+      at = begin;
+      seek(extent);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void seek(const int32_t (&extent)[kMaxRank]) {
+    walk.at[2] = begin % count[2] * extent[2];
+    walk.at[1] = begin / count[2] % count[1] * extent[1];
+    walk.at[0] = begin / count[2] / count[1] * extent[0];
+    walk.in_list = false;
+  }
+};
+
+template <class S, Side kRowsAre, bool kHasBias>
+__global__ void __launch_bounds__(S::kThreads, S::kResident)
+    dkey_dvalue_kernel(const __grid_constant__ BackwardPlan plan) {
+  using T = typename S::T;
+  using Layout = typename S::Layout;
+  using Sided = Sides<kRowsAre>;
+  constexpr int kThreads = S::kThreads, kMTiles = S::kMTiles, kStages = S::kStages;
+  constexpr int kColumns = S::kColumns, kNTiles = kColumns / 8;
+  constexpr Precision kPrecision = S::kPrecision;
+  const Problem& p = plan.call.problem;
+  const Inputs& in = plan.call.in;
+  auto& shared = shared_memory<typename S::Shared>();
+  const int warp_row = threadIdx.x / kWarpLanes * S::kWarpRows;  // the warp's first one
+  const int lane = threadIdx.x % kWarpLanes;
+  const float scale = static_cast<float>(p.scale);
+  const float log2_scale = kHasBias ? kLog2E : scale * kLog2E;
+
+  // ---- Tables and rows -----------------------------------------------------------------
+  const int32_t tile = blockIdx.x / plan.column_splits;
+  const int32_t split = blockIdx.x - tile * plan.column_splits;
+  const TilePlace place(tile, plan.rows, p.window, plan.one, plan.key_heads);
+  if (!place.exists(p.key_grid)) return;
+  const int64_t first_key = place.batch * p.key_tokens();
+  if (p.head_dim < S::kDim || p.value_dim < S::kDim) {
+    clear_block<sizeof(shared.key) + sizeof(shared.value) + sizeof(shared.query) +
+                    sizeof(shared.dout),
+                kThreads>(shared.key);
+  }
+  fill_tables<kRowsAre, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
+                                            place.batch, place.first);
+  if constexpr (kHasBias) {
+    fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);
+  }
+  __syncthreads();
+  copy_rows<Layout, S::kRows, kThreads>(
+      ptx::shared_address(shared.key),
+      row_source(in.key, first_key, place.key_head, p.key_heads, p.head_dim, sizeof(T)),
+      shared.tables.row_token);
+  copy_rows<Layout, S::kRows, kThreads>(
+      ptx::shared_address(shared.value),
+      row_source(in.value, first_key, place.key_head, p.key_heads, p.value_dim, sizeof(T)),
+      shared.tables.row_token);
+  QueryWalk queries;
+  queries.start<kRowsAre>(shared.tables, plan, split);
+  RowView view;
+  view.start(shared.tables, plan.rows, warp_row + threadIdx.x % S::kWarpRows);
+
+  // ---- Walk over the queries -----------------------------------------------------------
+  const int64_t first_query = place.batch * p.query_tokens();
+  const int32_t first_head = place.key_head * plan.group.value;
+  const auto copy_box = [&](int stage, const QueryWalk& at) {
+    const int32_t head = first_head + at.member;
+    copy_columns<Layout, kColumns, kThreads>(
+        ptx::shared_address(shared.query[stage]),
+        row_source(in.query, first_query, head, p.heads, p.head_dim, sizeof(T)),
+        shared.tables.column, at.walk.token(), at.walk.guarded_limits());
+    copy_columns<Layout, kColumns, kThreads>(
+        ptx::shared_address(shared.dout[stage]),
+        row_source(plan.call.dout, first_query, head, p.heads, p.value_dim, sizeof(T)),
+        shared.tables.column, at.walk.token(), at.walk.guarded_limits());
+  };
+  // lse and delta of one query of a box per thread, on their way to shared memory.
+  float lse = kInfinity, delta = 0;
+  const auto read_statistics = [&](const QueryWalk& at) {
+    lse = kInfinity;
+    delta = 0;
+    if (threadIdx.x >= kColumns) return;
+    const ColumnEntry entry = shared.tables.column[threadIdx.x];
+    if (!within(entry.coordinates, at.walk.guarded_limits())) return;
+    const int64_t row = first_query + at.walk.token() + entry.token;
+    const int64_t index = row * p.heads + first_head + at.member;
+    const float natural = static_cast<const float*>(plan.call.lse)[index];
+    if (natural == -kInfinity) return;
+    lse = natural * kLog2E;
+    delta = static_cast<const float*>(plan.call.delta)[index];
+  };
+  const auto put_statistics = [&](int stage) {
+    if (threadIdx.x >= kColumns) return;
+    shared.lse[stage][threadIdx.x] = lse;
+    shared.delta[stage][threadIdx.x] = delta;
+  };
+  if (queries.more()) {
+    if (kStages == 2) copy_box(0, queries);
+    read_statistics(queries);
+    put_statistics(0);
+  }
+  ptx::copy_async_commit();
+  RowOperand<Layout, kMTiles, S::kRowsHeld> key(ptx::shared_address(shared.key), warp_row);
+  RowOperand<Layout, kMTiles, S::kRowsHeld> value(ptx::shared_address(shared.value), warp_row);
+  if constexpr (S::kRowsHeld) {
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+    key.hold();
+    if constexpr (S::kDKey) value.hold();
+  }
+  Accumulator dkey[kMTiles][S::kDKey ? S::kDim / 8 : 1];
+  Accumulator dvalue[kMTiles][S::kDValue ? S::kDim / 8 : 1];
+  clear(dkey);
+  clear(dvalue);
+
+  for (int parity = 0; queries.more(); parity = 1 - parity) {
+    const int current = parity % kStages;
+    QueryWalk next = queries;
+    next.advance(plan.columns.order.extent);
+    if constexpr (kStages == 1) {
+      __syncthreads();
+      copy_box(0, queries);
+      ptx::copy_async_commit();
+    }
+    // The box at hand has arrived, and all warps are done with what the copies overwrite.
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+    if (next.more()) {
+      if (kStages == 2) copy_box(1 - current, next);
+      read_statistics(next);
+    }
+    ptx::copy_async_commit();
+    const uint32_t query_block = ptx::shared_address(shared.query[current]);
+    const uint32_t dout_block = ptx::shared_address(shared.dout[current]);
+
+    const uint64_t columns = view.columns(queries.walk, plan.columns);
+    if (__any_sync(kFullWarp, columns != 0)) {
+      Accumulator weights[kMTiles][kNTiles];
+      clear(weights);
+      multiply_rows<T, kPrecision>(weights, key, query_block);
+      if constexpr (kHasBias) {
+        const int32_t head = first_head + queries.member;
+        const float* bias = static_cast<const float*>(in.bias) +
+                            place.batch * p.bias_batch_stride + head * p.bias_size();
+        add_bias<Sided::kSign>(weights, scale, LaneMask<kMTiles>(columns), bias, shared.bias, p,
+                               queries.walk, warp_row);
+      }
+      const float2* lse_of = reinterpret_cast<const float2*>(shared.lse[parity]) + lane % 4;
+      const float2* delta_of = reinterpret_cast<const float2*>(shared.delta[parity]) + lane % 4;
+      for_each_element(weights, [&](float& score, int, int, int n, int i) {
+        const float2 pair = lse_of[4 * n];
+        score = ptx::exp2(score * log2_scale - (i == 0 ? pair.x : pair.y));
+      });
+      if (!kHasBias && !__all_sync(kFullWarp, all_columns<kColumns>(columns))) {
+        const LaneMask<kMTiles> mask(columns);
+        for_each_element(weights, [&](float& weight, int m, int half, int n, int i) {
+          if (!mask.test(m, half, n, i)) weight = 0;
+        });
+      }
+      if constexpr (S::kDValue) {
+        if (plan.call.dvalue != nullptr) {
+          multiply_columns<T, kPrecision, Layout>(dvalue, weights, dout_block);
+        }
+      }
+      if (S::kDKey && plan.call.dkey != nullptr) {
+        Accumulator dscores[kMTiles][kNTiles];
+        clear(dscores);
+        multiply_rows<T, kPrecision>(dscores, value, dout_block);
+        for_each_element(weights, [&](float& weight, int m, int half, int n, int i) {
+          const float2 pair = delta_of[4 * n];
+          weight *= dscores[m][n][2 * half + i] - (i == 0 ? pair.x : pair.y);
+        });
+        if constexpr (S::kDKey) {
+          multiply_columns<T, kPrecision, Layout>(dkey, weights, query_block);
+        }
+      }
+    }
+    if (next.more()) put_statistics(1 - parity);
+    queries = next;
+  }
+  ptx::copy_async_wait<0>();
+
+  // ---- Output --------------------------------------------------------------------------
+  const auto store = [&](uint8_t* block, auto& sums, float factor, void* gradient,
+                         float* partials, int32_t dim) {
+    if (gradient == nullptr) return;
+    if (plan.column_splits > 1) {
+      const int64_t rows = p.batch * p.key_tokens() * p.key_heads;
+      float* part = partials + (split * rows + first_key * p.key_heads + place.key_head) * dim;
+      store_partials(part, warp_row, shared.tables.row_token, sums, factor,
+                     p.key_heads * dim, dim);
+      return;
+    }
+    float factors[kMTiles][2];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) factors[m][0] = factors[m][1] = factor;
+    __syncwarp();
+    put_rows<T, Layout>(block, warp_row, sums, factors);
+    store_rows<Layout, S::kWarpRows>(
+        block, warp_row, shared.tables.row_token,
+        row_source(gradient, first_key, place.key_head, p.key_heads, dim, sizeof(T)));
+  };
+  if constexpr (S::kDKey) {
+    store(shared.key, dkey, scale, plan.call.dkey, plan.dkey_partials, p.head_dim);
+  }
+  if constexpr (S::kDValue) {
+    store(shared.value, dvalue, 1, plan.call.dvalue, plan.dvalue_partials, p.value_dim);
+  }
+}
+
+template <typename T, int kDim, Precision kPrecision, Wanted kWanted>
+cudaError_t launch_wanted(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
+  using S = DKeyShape<T, kDim, kPrecision, kWanted>;
+  const Problem& p = plan.call.problem;
+  const int64_t ctas = p.batch * p.key_heads * plan.rows.order.size * plan.column_splits;
+  const auto kernel = rows == Side::kAdditional ? &dkey_dvalue_kernel<S, Side::kAdditional, false>
+                      : plan.call.in.bias == nullptr
+                          ? &dkey_dvalue_kernel<S, Side::kKeys, false>
+                          : &dkey_dvalue_kernel<S, Side::kKeys, true>;
+  return launch(kernel, ctas, S::kThreads, sizeof(typename S::Shared), plan, stream);
+}
+
+template <typename T, int kDim, Precision kPrecision>
+cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
+  if constexpr (kDim <= 128) {
+    return launch_wanted<T, kDim, kPrecision, Wanted::kBoth>(plan, rows, stream);
+  } else {
+    if (plan.call.dkey != nullptr) {
+      const cudaError_t status =
+          launch_wanted<T, kDim, kPrecision, Wanted::kDKey>(plan, rows, stream);
+      if (status != cudaSuccess) return status;
+    }
+    if (plan.call.dvalue == nullptr) return cudaSuccess;
+    return launch_wanted<T, kDim, kPrecision, Wanted::kDValue>(plan, rows, stream);
+  }
+}
+
+}  // namespace jax_na::cuda::fused

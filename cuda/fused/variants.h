@@ -1,0 +1,66 @@
+// What is compiled, by padded dimension and bytes of an element. The planner,
+// jax_na/_tiling.py, knows the same table.
+#pragma once
+
+#include <cstdint>
+
+#include "../../ffi/problem.h"
+
+namespace jax_na::cuda::fused {
+
+// Rows of the arrays are padded with zeros in shared memory to one of these lengths.
+inline int32_t padded_dim(const Problem& p) {
+  const int32_t dim = max_i32(p.head_dim, p.value_dim);
+  for (const int32_t padded : {32, 64, 96, 128, 192, 256}) {
+    if (dim <= padded) return padded;
+  }
+  return 0;
+}
+
+// A warp has 16 rows, or 32 in the forward kernels of 128. Rows of more than 512 bytes leave
+// shared memory for half a tile either way.
+constexpr int warps_of(int padded_dim, int element_bytes) {
+  return padded_dim * element_bytes <= 512 ? 4 : 2;
+}
+
+// The tokens that are visited at once, at most.
+constexpr int columns_of(int padded_dim, int element_bytes) {
+  return padded_dim * element_bytes <= 512 ? 64 : 32;
+}
+
+// The tokens that a CTA of the backward pass owns, at most.
+constexpr int backward_rows(int padded_dim, int element_bytes) {
+  return 16 * warps_of(padded_dim, element_bytes);
+}
+
+// The queries that a CTA of the forward pass owns, at most: as many or, where the sums of twice
+// as many fit the registers, these.
+constexpr int forward_rows(int padded_dim, int element_bytes) {
+  return backward_rows(padded_dim, element_bytes) *
+         (element_bytes == 2 && padded_dim <= 128 ? 2 : 1);
+}
+
+inline int64_t box_size(const int32_t (&box)[kMaxRank]) {
+  for (const int32_t extent : box) {
+    if (extent < 1) return 0;
+  }
+  return int64_t{box[0]} * box[1] * box[2];
+}
+
+inline int element_bytes(const Problem& p) { return p.element_type == ElementType::kF32 ? 4 : 2; }
+
+inline bool supported(const Problem& p) {
+  return p.element_type != ElementType::kF64 && p.head_dim % 8 == 0 && p.value_dim % 8 == 0 &&
+         p.head_dim > 0 && p.value_dim > 0 && padded_dim(p) > 0 &&
+         p.query_tokens() < INT32_MAX && p.key_tokens() < INT32_MAX &&
+         p.bias_size() < INT32_MAX;
+}
+
+// Whether a kernel can own the one box and visit the other.
+inline bool fits(const Problem& p, int rows, const int32_t (&owned)[kMaxRank],
+                 const int32_t (&visited)[kMaxRank]) {
+  return box_size(owned) >= 1 && box_size(owned) <= rows && box_size(visited) >= 1 &&
+         box_size(visited) <= columns_of(padded_dim(p), element_bytes(p));
+}
+
+}  // namespace jax_na::cuda::fused

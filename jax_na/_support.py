@@ -1,0 +1,161 @@
+"""Which implementation runs a call on a platform, and why the others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+
+from jax_na import _ffi
+
+Implementation: TypeAlias = Literal["fused", "gemm", "naive", "xla"]
+
+#: Best first.
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+#: Platforms for which native kernels exist, as JAX names them in lowering rules.
+NATIVE_PLATFORMS = ("cpu", "cuda")
+
+#: Implementations that use tensor cores on a GPU.
+_TENSOR_CORES = ("fused", "gemm")
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises ValueError unless None or the name of an implementation."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {IMPLEMENTATIONS}, got "
+            f"{implementation!r}."
+        )
+
+
+class Traits(NamedTuple):
+    """What of a call decides which implementations can run it."""
+
+    dtype: np.dtype
+    head_dim: int
+    value_dim: int
+
+
+def refusal(
+    implementation: str, platform: str, traits: Traits | None = None
+) -> str | None:
+    """Why ``implementation`` cannot run a call on ``platform``; None if it can.
+
+    Without ``traits``: why it can run no call at all.
+    """
+    if implementation == "xla":
+        return None
+    targets = _ffi.TARGETS.get(platform)
+    if targets is None:
+        if platform not in NATIVE_PLATFORMS:
+            return f"jax_na has no native kernels for the platform {platform!r}"
+        return f"jax_na was installed without its native kernels for {platform!r}"
+    if _ffi.target_name("forward", implementation) not in targets:
+        return f"jax_na has no {implementation!r} kernels for the platform {platform!r}"
+    if traits is not None and platform == "cuda" and implementation in _TENSOR_CORES:
+        return _tensor_core_refusal(implementation, traits)
+    return None
+
+
+def _tensor_core_refusal(implementation: str, traits: Traits) -> str | None:
+    if traits.dtype == np.dtype("float64"):
+        return (
+            f"{implementation!r} on 'cuda' takes query, key and value in float32, "
+            "float16 or bfloat16, got float64"
+        )
+    for name, channels in (("query", traits.head_dim), ("value", traits.value_dim)):
+        if channels % 8 or channels > 256:
+            return (
+                f"{implementation!r} on 'cuda' takes head dimensions that are multiples "
+                f"of 8 up to 256, got {channels} for {name}"
+            )
+    return None
+
+
+def choose(
+    implementation: str | None, platform: str, traits: Traits | None = None
+) -> str:
+    """The implementation that runs a call on ``platform``; None asks for the best.
+
+    Raises:
+        NotImplementedError: a named implementation cannot run there; the message says
+            why, and which ones can.
+    """
+    if implementation is None:
+        return next(
+            name for name in IMPLEMENTATIONS if not refusal(name, platform, traits)
+        )
+    reason = refusal(implementation, platform, traits)
+    if reason is not None:
+        able = [name for name in IMPLEMENTATIONS if not refusal(name, platform, traits)]
+        raise NotImplementedError(
+            f"implementation={implementation!r} cannot run this call: {reason}. "
+            f"On this platform these can: {', '.join(map(repr, able))}; None picks the "
+            "first."
+        )
+    return implementation
+
+
+@dataclasses.dataclass(frozen=True)
+class Support:
+    """What this installation can run.
+
+    Attributes:
+        refusals: by platform and implementation, None where it runs, else the reason
+            why not. Platforms that are not listed run ``"xla"`` alone.
+        cpu_instruction_set: what the CPU's fused kernels use on this machine, None
+            without native CPU kernels.
+        cuda_runtime: version of the CUDA runtime in the CUDA kernels, e.g. 13000 for
+            13.0; None without them.
+        cuda_driver: newest CUDA version that the installed driver supports; 0 without a
+            driver, None without CUDA kernels.
+    """
+
+    refusals: Mapping[str, Mapping[str, str | None]]
+    cpu_instruction_set: str | None
+    cuda_runtime: int | None
+    cuda_driver: int | None
+
+    def __str__(self) -> str:
+        lines = []
+        for platform, reasons in self.refusals.items():
+            lines.append(f"{platform}:")
+            for implementation, reason in reasons.items():
+                lines.append(f"  {implementation}: {reason or 'yes'}")
+        if self.cpu_instruction_set is not None:
+            lines.append(f"CPU instruction set: {self.cpu_instruction_set}")
+        if self.cuda_runtime is not None:
+            lines.append(
+                f"CUDA runtime {self.cuda_runtime}, driver supports {self.cuda_driver}"
+            )
+        return "\n".join(lines)
+
+
+def support() -> Support:
+    """What this installation can run on each platform, and why not the rest.
+
+    Starts no backend. ``print(jax_na.support())`` for a readable form;
+    :func:`jax_na.explain` tells what one call does.
+    """
+    cpu, cuda = (_ffi.module(platform) for platform in NATIVE_PLATFORMS)
+    refusals = {
+        platform: {name: refusal(name, platform) for name in IMPLEMENTATIONS}
+        for platform in NATIVE_PLATFORMS
+    }
+    driver = None if cuda is None else cuda.driver_version()
+    if cuda is not None and driver < cuda.runtime_version():
+        found = f"the driver supports CUDA {driver}" if driver else "there is no driver"
+        reason = f"its kernels need CUDA {cuda.runtime_version()}, but {found}"
+        refusals["cuda"] = {
+            name: None if name == "xla" else own or reason
+            for name, own in refusals["cuda"].items()
+        }
+    return Support(
+        refusals,
+        None if cpu is None else cpu.fused_instruction_set(),
+        None if cuda is None else cuda.runtime_version(),
+        driver,
+    )

@@ -1,0 +1,248 @@
+"""Planner of the fused CUDA kernels: which boxes of queries and keys they work on.
+
+A kernel owns a tile of *row* tokens and visits boxes of *column* tokens, queries and keys
+in the forward pass and for the query's gradient, keys and queries for those of key and
+value. Tiles and boxes hold tokens of one residue class per axis, boxes start where the
+union of a tile's intervals starts, and extents need not be powers of two. What a plan
+visits factorises over the axes, so that every pair of box shapes can be judged exactly:
+the number of boxes is a product of sums over single axes.
+
+Pure Python and NumPy; nothing here needs a GPU. ``cuda/fused/geometry.cuh`` is the other
+side: it walks what is counted here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from jax_na import _window
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What is compiled for one length of channel rows; ``cuda/fused/variants.h``.
+
+    Attributes:
+        forward_rows: queries of a score tile in the forward pass.
+        backward_rows: queries or keys of one in the backward pass.
+        columns: tokens that are visited at once.
+    """
+
+    forward_rows: tuple[int, ...]
+    backward_rows: tuple[int, ...]
+    columns: int
+
+
+def variant_of(channels: int, element_bytes: int) -> Variant:
+    """The variant for so many channels of a head, of so many bytes each."""
+    padded = next(dim for dim in (32, 64, 96, 128, 192, 256) if channels <= dim)
+    if padded * element_bytes > 512:  # more would not fit in shared memory
+        return Variant((32,), (32,), 32)
+    if element_bytes == 2 and padded <= 128:
+        return Variant((64, 128), (64,), 64)
+    return Variant((64,), (64,), 64)
+
+
+_Interval = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis as the planner sees it, without a frame."""
+
+    length: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Boxes of one kernel launch and the work they make.
+
+    Attributes:
+        row_tile: extents of a tile of rows, in class steps, one per axis.
+        column_box: extents of a box of columns, likewise.
+        rows: rows of a score tile, at least ``prod(row_tile)``.
+        columns: columns of one, at least ``prod(column_box)``.
+        tiles: number of row tiles per head and sample.
+        boxes: number of boxes that all tiles visit, per head and sample.
+        masked_boxes: how many of them need a mask.
+    """
+
+    row_tile: tuple[int, ...]
+    column_box: tuple[int, ...]
+    rows: int
+    columns: int
+    tiles: int
+    boxes: int
+    masked_boxes: int
+
+    @property
+    def visited_pairs(self) -> int:
+        """Pairs of a row and a column that are computed, per head and sample."""
+        return self.boxes * self.rows * self.columns
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Relative times; the unit is one masked-free score tile of 64 rows.
+
+    Attributes:
+        mask: extra time of a masked box, per 64 rows.
+        box: time of a box that does not depend on its rows: staging, barriers.
+        tile: time of a tile that does not depend on its boxes: prologue and epilogue,
+            per 64 rows.
+    """
+
+    mask: float = 0.2
+    box: float = 0.25
+    tile: float = 1.5
+
+    def cost(self, tiling: Tiling) -> float:
+        blocks = tiling.rows / 64
+        return (
+            tiling.boxes * (blocks + self.box)
+            + tiling.masked_boxes * self.mask * blocks
+            + tiling.tiles * self.tile * blocks
+        )
+
+
+# ---- One axis ------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _classes(axis: Axis, interval: _Interval) -> tuple[tuple[int, ...], ...]:
+    """``(tokens, how many classes have so many)`` of the residue classes."""
+    residues = np.arange(min(axis.dilation, axis.length))
+    tokens = -((residues - axis.length) // axis.dilation)
+    return tuple(
+        (int(n), int(count)) for n, count in zip(*np.unique(tokens, return_counts=True))
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _unions(
+    axis: Axis, interval: _Interval, extent: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tiles of ``extent`` rows: the union of their intervals, and what all rows see.
+
+    Returns:
+        ``(span, lead, common)`` per tile: the length of the union, and the half-open
+        interval ``[lead, lead + common)`` counted from its start that every row sees.
+    """
+    parts = []
+    for tokens, count in _classes(axis, interval):
+        _, lo, hi = interval(
+            np.arange(tokens), tokens, axis.kernel_size, axis.stride, 1, axis.is_causal
+        )
+        starts = np.arange(0, tokens, extent)
+        first, last = np.minimum.reduceat(lo, starts), np.maximum.reduceat(hi, starts)
+        lead, end = np.maximum.reduceat(lo, starts), np.minimum.reduceat(hi, starts)
+        part = np.stack([last - first, lead - first, np.maximum(end - lead, 0)])
+        parts.append(np.tile(part, count))
+    span, lead, common = np.concatenate(parts, axis=1)
+    return span, lead, common
+
+
+@functools.lru_cache(maxsize=65536)
+def _axis_counts(
+    axis: Axis, interval: _Interval, extent: int, box: int
+) -> tuple[int, int, int]:
+    """Sums over the tiles of an axis: tiles, boxes, boxes that need no mask."""
+    span, lead, common = _unions(axis, interval, extent)
+    boxes = -(-span // box)
+    # Boxes [i * box, (i + 1) * box) inside [lead, lead + common). A box that the end of
+    # the union cuts off is masked.
+    first = -(-lead // box)
+    free = np.maximum((lead + common) // box - first, 0)
+    return len(span), int(boxes.sum()), int(free.sum())
+
+
+def _divisions(limit: int, lengths: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+    """Boxes of at most ``limit`` tokens that none can be enlarged on any one axis."""
+    lengths = tuple(lengths)
+    boxes = []
+    for inner in itertools.product(*(range(1, min(limit, n) + 1) for n in lengths[1:])):
+        rest = limit // math.prod(inner)
+        if rest == 0:
+            continue
+        boxes.append((min(rest, lengths[0]), *inner))
+
+    def is_maximal(box: tuple[int, ...]) -> bool:
+        size = math.prod(box)
+        return not any(
+            extent < length and size // extent * (extent + 1) <= limit
+            for extent, length in zip(box, lengths, strict=True)
+        )
+
+    return tuple(box for box in boxes if is_maximal(box))
+
+
+# ---- All axes ------------------------------------------------------------------------
+
+
+def count(
+    axes: tuple[Axis, ...],
+    interval: _Interval,
+    row_tile: tuple[int, ...],
+    column_box: tuple[int, ...],
+    rows: int,
+    columns: int,
+) -> Tiling:
+    """The work of one pair of boxes, exactly."""
+    tiles = boxes = free = 1
+    for axis, extent, box in zip(axes, row_tile, column_box, strict=True):
+        axis_tiles, axis_boxes, axis_free = _axis_counts(axis, interval, extent, box)
+        tiles, boxes, free = tiles * axis_tiles, boxes * axis_boxes, free * axis_free
+    if math.prod(column_box) < columns:
+        free = 0  # the surplus columns are masked
+    return Tiling(row_tile, column_box, rows, columns, tiles, boxes, boxes - free)
+
+
+def _search(
+    axes: tuple[Axis, ...],
+    interval: _Interval,
+    rows: tuple[int, ...],
+    columns: int,
+    model: CostModel,
+) -> Tiling:
+    longest = tuple(-(-axis.length // axis.dilation) for axis in axes)
+    column_boxes = _divisions(columns, longest)
+    candidates = (
+        count(axes, interval, row_tile, column_box, size, columns)
+        for size in rows
+        for row_tile in _divisions(size, longest)
+        for column_box in column_boxes
+    )
+    # The order of the candidates settles ties: fewer rows, longer last axes.
+    return min(candidates, key=model.cost)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_rows_are_queries(
+    axes: tuple[Axis, ...],
+    rows: tuple[int, ...],
+    columns: int,
+    model: CostModel = CostModel(),
+) -> Tiling:
+    """The cheapest boxes of the forward pass and of the query's gradient."""
+    return _search(axes, _window.key_interval, rows, columns, model)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_rows_are_keys(
+    axes: tuple[Axis, ...],
+    rows: tuple[int, ...],
+    columns: int,
+    model: CostModel = CostModel(),
+) -> Tiling:
+    """The cheapest boxes of the gradients of key and value."""
+    return _search(axes, _window.query_interval, rows, columns, model)
