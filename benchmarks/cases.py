@@ -87,4 +87,6 @@ class Case:
 
 
 def load(path: str | pathlib.Path) -> list[Case]:
-    return [Case.from_json(entry) for entry in json.loads(pathlib.Path(path).read_text())]
+    return [
+        Case.from_json(entry) for entry in json.loads(pathlib.Path(path).read_text())
+    ]

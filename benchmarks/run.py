@@ -82,7 +82,6 @@ def _unmasked(case: cases.Case) -> Attention:
 
 JAX_CONTENDERS: dict[str, Callable[[cases.Case], Attention]] = {
     **{f"jax_na {name}": _ours(name) for name in OURS},
-    "jax_na fused, deterministic": _ours("fused", deterministic_grads=True),
     "dense cuDNN, no mask": _unmasked,
     "dense cuDNN, mask": lambda case: peers.dense(
         case.shape, implementation="cudnn", **case.window_arguments

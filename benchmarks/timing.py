@@ -38,7 +38,9 @@ def _jax_kernels(directory: str) -> Iterable[tuple[float, float]]:
                     yield event.start_ns, event.duration_ns
 
 
-def jax_milliseconds(call: Callable[[], Any], calls: int = 20, warm_up: int = 3) -> float:
+def jax_milliseconds(
+    call: Callable[[], Any], calls: int = 20, warm_up: int = 3
+) -> float:
     """Median device time of a jitted call without arguments."""
     for _ in range(warm_up):
         jax.block_until_ready(call())

@@ -27,7 +27,7 @@ struct UnfusedCall {
   void* queries;
   void* keys;
   void* slots;
-  bool wide_slots;  // pair: slots have the accumulation type, not the element type
+  bool wide_result;  // which has the accumulation type, not the element type
 
   JAX_NA_INLINE int64_t window_size() const {
     const AxisWindow* w = problem.window;

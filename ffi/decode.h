@@ -164,8 +164,8 @@ inline int32_t to_size(const std::string& name, int64_t value, int64_t smallest 
   return static_cast<int32_t>(value);
 }
 
-inline ElementType element_type_of(const Array& query) {
-  switch (query.type) {
+inline ElementType element_type_of(ffi::DataType type) {
+  switch (type) {
     case ffi::DataType::F16:
       return ElementType::kF16;
     case ffi::DataType::BF16:
@@ -175,7 +175,7 @@ inline ElementType element_type_of(const Array& query) {
     case ffi::DataType::F64:
       return ElementType::kF64;
     default:
-      refuse("query must be F16, BF16, F32 or F64, got ", query.type);
+      refuse("query must be F16, BF16, F32 or F64, got ", type);
   }
 }
 
@@ -233,7 +233,7 @@ class GridDecoder {
 
   void read_sizes(const Array& query, const Array& key, const Array& value) {
     type_ = query.type;
-    p_.element_type = element_type_of(query);
+    p_.element_type = element_type_of(type_);
     const size_t rank = p_.rank, query_axes = rank + (heads_leading_ ? 3 : 2);
     if (query.shape.size() < query_axes) {
       refuse("query must have at least ", query_axes, " axes, got ", to_string(query.shape));

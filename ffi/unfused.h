@@ -10,7 +10,8 @@
 //   row_tile, column_box (gemm)                         int64 [rank]
 //   highest_precision (gemm)                            bool
 //
-// Shapes: queries and slots as decode.h has the query, keys as the key.
+// Shapes: queries and slots as decode.h has the query, keys as the key. The operands have one
+// type; the result has that or its accumulation type.
 #pragma once
 
 #include <cstdint>
@@ -34,18 +35,23 @@ inline constexpr const char* kFunction<ScatterCall> = "scatter";
 
 class UnfusedDecoder : public GridDecoder {
  public:
+  // `result` is one of the three arrays; the others have the element type.
   UnfusedDecoder(Arrays<ffi::RemainingArgs>* operands, const ffi::Dictionary& attributes,
                  const Array& queries_array, const Array& keys_array, const Array& slots,
-                 cuda::UnfusedCall* call)
+                 const Array& result, ffi::DataType element_type, cuda::UnfusedCall* call)
       : GridDecoder(attributes, &call->problem) {
     read_sizes(queries_array, keys_array, keys_array);
-    call->queries = queries_array.expect(type_, queries({p_.head_dim}));
-    call->keys = keys_array.expect(type_, keys(key_grid_, p_.head_dim));
-    call->slots = slots.data;
-    call->wide_slots = slots.type != type_;
-    slots.expect(call->wide_slots ? accumulation_type() : type_,
-                 queries({call->window_size()}));
+    type_ = element_type;
+    p_.element_type = element_type_of(element_type);
     p_.scale = 1;
+    call->wide_result = result.type != element_type;
+    const auto expect = [&](const Array& array, const Shape& shape) {
+      const bool wide = call->wide_result && &array == &result;
+      return array.expect(wide ? accumulation_type() : element_type, shape);
+    };
+    call->queries = expect(queries_array, queries({p_.head_dim}));
+    call->keys = expect(keys_array, keys(key_grid_, p_.head_dim));
+    call->slots = expect(slots, queries({call->window_size()}));
     read_frame(operands);
     operands->expect_end();
   }
@@ -59,7 +65,7 @@ inline bool decode(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
   const Array queries = operands.next("queries"), keys = operands.next("keys");
   const Array slots = results.next("slots");
   results.expect_end();
-  UnfusedDecoder(&operands, attributes, queries, keys, slots, call);
+  UnfusedDecoder(&operands, attributes, queries, keys, slots, slots, keys.type, call);
   return anything_to_write(rets);
 }
 
@@ -71,8 +77,7 @@ inline bool decode(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
   const Array slots = operands.next("slots"), keys = operands.next("keys");
   const Array queries = results.next("queries");
   results.expect_end();
-  slots.expect(keys.type, slots.shape);
-  UnfusedDecoder(&operands, attributes, queries, keys, slots, call);
+  UnfusedDecoder(&operands, attributes, queries, keys, slots, queries, keys.type, call);
   return anything_to_write(rets);
 }
 
@@ -84,8 +89,7 @@ inline bool decode(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
   const Array slots = operands.next("slots"), queries = operands.next("queries");
   const Array keys = results.next("keys");
   results.expect_end();
-  slots.expect(queries.type, slots.shape);
-  UnfusedDecoder(&operands, attributes, queries, keys, slots, call);
+  UnfusedDecoder(&operands, attributes, queries, keys, slots, keys, queries.type, call);
   return anything_to_write(rets);
 }
 

@@ -99,7 +99,7 @@ def _forward_jvp(
         if name in DIFFERENTIABLE and not _is_zero(tangent)
     }
     if not moving:
-        zeros = [ad.Zero.from_primal_value(output) for output in (out, lse)]
+        zeros = [ad.Zero(jax.typeof(output).to_tangent_aval()) for output in (out, lse)]
         return [out, lse], zeros
     tangents_out = tangent_p.bind(
         *moving.values(), *primals, out, lse, tangents=tuple(moving), **params
@@ -120,8 +120,7 @@ def _tangent_transpose(
     wanted = [ad.is_undefined_primal(array) for array in arrays[: len(tangents)]]
     if _is_zero(dout) and _is_zero(dlse):
         gradients = [
-            ad.Zero(array.aval) if want else None
-            for array, want in zip(arrays, wanted)
+            ad.Zero(array.aval) if want else None for array, want in zip(arrays, wanted)
         ]
         return [*gradients, *[None] * (len(arrays) - len(tangents))]
     has_dlse = not _is_zero(dlse)

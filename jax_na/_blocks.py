@@ -120,7 +120,12 @@ def _step(cells: int, scores_per_cell: int) -> int:
 
 
 def _span(
-    length: int, other_length: int, tile: int, window: Window, by_key: bool, framed: bool
+    length: int,
+    other_length: int,
+    tile: int,
+    window: Window,
+    by_key: bool,
+    framed: bool,
 ) -> int:
     """Tokens of one class that the windows of any tile cover."""
     kernel_size, stride, dilation, is_causal = window
@@ -249,7 +254,9 @@ class _Placement(NamedTuple):
 
     def spread(self, table: np.ndarray) -> np.ndarray:
         """A table ``[C, t]`` in int32 and with batch axes of size 1."""
-        return table.astype(np.int32).reshape((1,) * (self.length.ndim - 2) + table.shape)
+        return table.astype(np.int32).reshape(
+            (1,) * (self.length.ndim - 2) + table.shape
+        )
 
     @property
     def namespace(self) -> Any:
@@ -375,7 +382,9 @@ def outer(combine: Any, parts: Sequence[Any], sides: int) -> Any:
         expanded.append(part.reshape(*part.shape[:lead], *sizes))
     result = functools.reduce(combine, expanded)
     lead = result.ndim - sides * rank
-    flat = [math.prod(part.shape[side - sides] for part in parts) for side in range(sides)]
+    flat = [
+        math.prod(part.shape[side - sides] for part in parts) for side in range(sides)
+    ]
     return result.reshape(*result.shape[:lead], *flat)
 
 
@@ -430,9 +439,9 @@ def _untiled(array: jax.Array, tiling: Tiling) -> jax.Array:
     array = array.reshape(*batch, key_heads, *cells, group, *places, channels)
     first_cell, group_axis = batch_rank + 1, batch_rank + 1 + 2 * rank
     order = [*range(batch_rank)]
-    for axis in range(rank):
-        residues = first_cell + 2 * axis
-        order += [residues + 1, group_axis + 1 + axis, residues]
+    for number in range(rank):
+        residues = first_cell + 2 * number
+        order += [residues + 1, group_axis + 1 + number, residues]
     order += [batch_rank, group_axis, group_axis + 1 + rank]
     grid = (axis.cells * axis.tile for axis in axes)
     array = array.transpose(order).reshape(*batch, *grid, key_heads, group, channels)
@@ -493,7 +502,8 @@ class Sweep:
             )
         axes = self.tiling.axes
         self.extents = [
-            (axis.span, axis.tile) if by_key else (axis.tile, axis.span) for axis in axes
+            (axis.span, axis.tile) if by_key else (axis.tile, axis.span)
+            for axis in axes
         ]
         self._own_grid, self._other_grid = own, other
         # Without a frame, what a block holds in vain is at least a token of the grid.

@@ -49,8 +49,8 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"{self.implementation!r} on {self.platform}",
-            f"useful work: {self.forward_flops / 1e9:.3f} GFLOP forward, "
-            f"{self.backward_flops / 1e9:.3f} GFLOP backward",
+            f"useful work: {self.forward_flops / 1e9:.4g} GFLOP forward, "
+            f"{self.backward_flops / 1e9:.4g} GFLOP backward",
         ]
         if self.plan is not None:
             lines.append(f"visited/useful {self.visited_over_useful:.2f}, {self.plan}")
@@ -88,20 +88,20 @@ def explain(
     if platform is None:
         backend = jax.default_backend()
         platform = "cuda" if backend == "gpu" else backend
-    implementation = options.pop("implementation", None)
+    call: dict[str, Any] = dict(options)
+    implementation = call.pop("implementation", None)
     _support.check_implementation(implementation)
-    options.pop("return_lse", None)
-
+    call.pop("return_lse", None)
     problem: Any = None
 
-    def canonical(arrays: Any) -> Operands:
+    def canonical(query: Any, key: Any, value: Any) -> Operands:
         nonlocal problem
         problem, operands = _ops.canonical_call(
-            _ops.rank_of(kernel_size), *arrays, kernel_size, **options
+            _ops.rank_of(kernel_size), query, key, value, kernel_size, **call
         )
         return operands
 
-    operands = jax.eval_shape(canonical, (query, key, value))
+    operands = jax.eval_shape(canonical, query, key, value)
     traits = _primitives.traits(operands)
     refusals = {
         name: reason

@@ -81,7 +81,7 @@ TARGETS: dict[str, frozenset[str]] = _register()
 
 
 def target_name(function: str, implementation: str) -> str:
-    """Name of the handler of ``function`` ("forward" or "backward")."""
+    """Name of the handler of a function: "forward", "backward", "pair", ..."""
     return f"jax_na_{function}_{implementation}"
 
 
@@ -96,8 +96,12 @@ def export_safety_checks() -> list[jax.export.DisabledSafetyCheck]:
     """
     names = {
         target_name(function, implementation)
-        for function in ("forward", "backward")
-        for implementation in ("fused", "gemm", "naive")
+        for functions, implementations in (
+            (("forward", "backward"), ("fused", "naive")),
+            (("pair", "gather", "scatter"), ("gemm", "naive")),
+        )
+        for function in functions
+        for implementation in implementations
     }
     names.update(*TARGETS.values())
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in sorted(names)]

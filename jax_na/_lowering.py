@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import types
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import mlir
 
-from jax_na import _autodiff, _ffi, _native, _support, _xla
+from jax_na import _autodiff, _ffi, _gemm, _native, _support, _xla
 from jax_na._native import Kind, Result
 from jax_na._plan import make_plan, workspace_shape
 from jax_na._primitives import (
@@ -42,21 +43,22 @@ _KINDS = {
 }
 
 
-# ---- Portable ------------------------------------------------------------------------
+# ---- Portable, and composed of products ----------------------------------------------
 
 
-def _forward_portable(
-    *arrays: Any, present: tuple[str, ...], problem: Problem
+def _forward_in_jax(
+    *arrays: Any, module: types.ModuleType, present: tuple[str, ...], problem: Problem
 ) -> list[jax.Array]:
-    return list(_xla.forward(unpack(arrays, present), problem))
+    return list(module.forward(unpack(arrays, present), problem))
 
 
 def _tangent_portable(*arrays: Any, **params: Any) -> list[jax.Array]:
     return _autodiff.tangent_reference(*arrays[:-2], **params)
 
 
-def _backward_portable(
+def _backward_in_jax(
     *arrays: Any,
+    module: types.ModuleType,
     present: tuple[str, ...],
     has_dlse: bool,
     wrt: tuple[str, ...],
@@ -64,7 +66,7 @@ def _backward_portable(
 ) -> list[jax.Array]:
     names = residual_names(has_dlse)
     residuals = dict(zip(names, arrays))
-    gradients = _xla.backward(
+    gradients = module.backward(
         unpack(arrays[len(names) :], present),
         problem,
         residuals["out"],
@@ -169,7 +171,9 @@ def _backward_native(
         for array in [getattr(operands, name)]
     ]
     plan = make_plan(implementation, platform, problem, operands)
-    workspace = plan and workspace_shape(plan, problem, operands, wrt)
+    workspace = None
+    if plan is not None:
+        workspace = workspace_shape(plan, problem, operands, wrt)
     if workspace is not None:
         results.append(Result(Kind.WORKSPACE, workspace, jnp.dtype("float32")))
     gradients = _native.call(
@@ -238,7 +242,9 @@ def _is_partitioned(ctx: Any) -> bool:
 
 
 def _has_symbolic_sizes(ctx: Any) -> bool:
-    return not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape)
+    return not all(
+        isinstance(size, int) for aval in ctx.avals_in for size in aval.shape
+    )
 
 
 @functools.cache
@@ -257,7 +263,7 @@ def _lower_function(ctx: Any, function: Any, operands: Any) -> Any:
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
 
-def _rule(platform: str | None, native: Any, portable: Any) -> Any:
+def _rule(platform: str | None, native: Any, in_jax: Any) -> Any:
     """Lowering rule for one platform; None stands for any without kernels."""
 
     def lower(
@@ -270,7 +276,9 @@ def _rule(platform: str | None, native: Any, portable: Any) -> Any:
         if chosen == "xla":
             if implementation is None and name == "cuda" and name not in _ffi.TARGETS:
                 _warn_of_missing_kernels()
-            function = functools.partial(portable, **params)
+            function = functools.partial(in_jax, module=_xla, **params)
+        elif chosen == "gemm":
+            function = functools.partial(in_jax, module=_gemm, **params)
         else:
             # Shardy's rules take no symbolic sizes; such a program is that of one
             # device, or XLA gathers the operands of the call.
@@ -288,13 +296,13 @@ def _rule(platform: str | None, native: Any, portable: Any) -> Any:
 
 
 for _platform in (None, *_support.NATIVE_PLATFORMS):
-    for _primitive, _native_rule, _portable_rule in (
-        (forward_p, _forward_native, _forward_portable),
-        (backward_p, _backward_native, _backward_portable),
+    for _primitive, _native_rule, _jax_rule in (
+        (forward_p, _forward_native, _forward_in_jax),
+        (backward_p, _backward_native, _backward_in_jax),
     ):
         mlir.register_lowering(
             _primitive,
-            _rule(_platform, _native_rule, _portable_rule),
+            _rule(_platform, _native_rule, _jax_rule),
             platform=_platform,
         )
 

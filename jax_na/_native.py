@@ -194,7 +194,7 @@ def call(
             for result, aval in zip(results, avals)
         ]
         avals = [jax.core.ShapedArray(s.shape, s.dtype) for s in shapes]
-        ndims = [array.ndim for array in (*arrays, *avals)]
+        ndims = [a.ndim for a in arrays] + [a.ndim for a in avals]
         layouts = tuple(
             _leading_layout(kind, ndim, batch_rank) for kind, ndim in zip(kinds, ndims)
         )

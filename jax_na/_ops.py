@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_na import _lowering as _lowering  # registers the lowering rules
-from jax_na import _problem, _support, _xla
+from jax_na import _problem, _support, _unfused
+from jax_na import _unfused_lowering as _unfused_lowering  # the same of its primitives
 from jax_na._frame import Frame
 from jax_na._primitives import forward_p, pack
 from jax_na._problem import Operands, Problem
@@ -305,6 +306,7 @@ def na_qk(
     rel_pos_bias: ArrayLike | None = None,
     frame: Frame | None = None,
     precision: Any = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Scores of every query's window, the first half of unfused attention.
 
@@ -317,6 +319,8 @@ def na_qk(
         key: ``[*batch, *grid, K, D]``.
         kernel_size: one entry per grid axis. This and the other arguments are those of
             :func:`neighborhood_attention`.
+        implementation: ``"gemm"``, ``"naive"`` or ``"xla"``. None: the best that
+            supports the call on the platform it is compiled for.
 
     Returns:
         ``[*batch, *grid, N, prod(kernel_size)]`` in the query's dtype. Slot j of an axis
@@ -324,7 +328,7 @@ def na_qk(
         fills are -inf and have no gradient.
 
     Raises:
-        TypeError, ValueError: as :func:`neighborhood_attention`.
+        TypeError, ValueError, NotImplementedError: as :func:`neighborhood_attention`.
     """
     rank = rank_of(kernel_size)
     query, key = _problem.as_arrays(query=query, key=key)
@@ -350,8 +354,19 @@ def na_qk(
         rel_pos_bias, problem, query.shape[-2], len(batch), query.dtype
     )
     packed_frame = _problem.canonical_frame(frame, batch, rank)
-    return _unfused(_xla.qk, math.prod(problem.kernel_size), problem)(
-        query, key, bias, packed_frame
+    _support.check_implementation(implementation)
+    operands = vary_alike(Operands(query, key, None, bias, frame=packed_frame))
+
+    def scores(*arrays: Any) -> jax.Array:
+        return _unfused.scores(*arrays, problem, implementation, query.dtype)
+
+    return _like_first(
+        scores,
+        math.prod(problem.kernel_size),
+        operands.query,
+        operands.key,
+        operands.bias,
+        operands.frame,
     )
 
 
@@ -365,6 +380,7 @@ def na_av(
     is_causal: PerAxisBool = False,
     frame: Frame | None = None,
     precision: Any = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Weighted sums of every query's window, the second half of unfused attention.
 
@@ -373,13 +389,13 @@ def na_av(
             :func:`na_qk`; slots that no key fills are ignored and have no gradient.
         value: ``[*batch, *grid, K, Dv]``.
         kernel_size: one entry per grid axis. This and the other arguments are those of
-            :func:`neighborhood_attention`.
+            :func:`neighborhood_attention`, ``implementation`` that of :func:`na_qk`.
 
     Returns:
         ``[*batch, *grid, N, Dv]`` in the weights' dtype.
 
     Raises:
-        TypeError, ValueError: as :func:`neighborhood_attention`.
+        TypeError, ValueError, NotImplementedError: as :func:`neighborhood_attention`.
     """
     rank = rank_of(kernel_size)
     weights, value = _problem.as_arrays(weights=weights, value=value)
@@ -394,22 +410,26 @@ def na_av(
     if frame is None:
         _problem.check_window_fits(problem, weights.shape[-rank - 2 : -2])
     packed_frame = _problem.canonical_frame(frame, weights.shape[: -rank - 2], rank)
-    return _unfused(_xla.av, value.shape[-1], problem)(weights, value, packed_frame)
+    _support.check_implementation(implementation)
+    operands = vary_alike(Operands(weights, value, None, frame=packed_frame))
+
+    def sums(weights: Any, value: Any, frame: Any) -> jax.Array:
+        return _unfused.gather(weights, value, frame, problem, implementation)
+
+    return _like_first(
+        sums, value.shape[-1], operands.query, operands.key, operands.frame
+    )
 
 
-def _unfused(
-    function: Callable[..., jax.Array], channels: int, problem: Problem
-) -> Callable[..., jax.Array]:
-    """``function`` of operands; the result lies as the first, but in its last axis."""
-
-    def call(first: jax.Array, *others: jax.Array | None) -> jax.Array:
-        kept = first.ndim - 1
-        shape = (*first.shape[:kept], channels)
-        result = updated(jax.typeof(first), shape, first.dtype, kept)
-        unfused = automatic(lambda *arrays: (function(*arrays, problem),), [result])
-        return unfused(first, *others)[0]
-
-    return call
+def _like_first(
+    function: Callable[..., jax.Array], channels: int, *operands: Any
+) -> jax.Array:
+    """``function(*operands)``, which lies as the first operand, but in its last axis."""
+    first = operands[0]
+    kept = first.ndim - 1
+    shape = (*first.shape[:kept], channels)
+    result = updated(jax.typeof(first), shape, first.dtype, kept)
+    return automatic(lambda *arrays: (function(*arrays),), [result])(*operands)[0]
 
 
 # ---- Merging -------------------------------------------------------------------------

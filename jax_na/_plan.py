@@ -6,8 +6,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
-
 from jax_na import _tiling
 from jax_na._native import Attributes
 from jax_na._problem import Operands, Problem
@@ -78,7 +76,10 @@ def make_plan(
 
 
 def workspace_shape(
-    plan: Plan, problem: Problem, operands: Operands, wrt: tuple[str, ...]
+    plan: Plan,
+    problem: Problem,
+    operands: Operands,
+    wrt: tuple[str, ...],
 ) -> tuple[Any, ...] | None:
     """``[B or 1, K, elements]`` of the backward pass's partial sums; None for none."""
     *rows, key_heads, _ = operands.key.shape

@@ -268,7 +268,9 @@ def as_arrays(**arrays: Any) -> list[jax.Array]:
         try:
             array = jnp.asarray(array)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{name} must be an array, got {array!r}: {error}") from None
+            raise TypeError(
+                f"{name} must be an array, got {array!r}: {error}"
+            ) from None
         if str(array.dtype) not in FLOAT_TYPES:
             raise TypeError(
                 f"{name} must have one of the dtypes {', '.join(FLOAT_TYPES)}, got "
@@ -427,9 +429,11 @@ def make_operands(
             ("additional_keys", additional_keys, key),
             ("additional_values", additional_values, value),
         ):
-            tokens = additional_keys.shape[len(batch_shape)] if (
-                additional_keys.ndim == len(batch_shape) + 3
-            ) else "M"
+            tokens = (
+                additional_keys.shape[len(batch_shape)]
+                if (additional_keys.ndim == len(batch_shape) + 3)
+                else "M"
+            )
             expected = (*batch_shape, tokens, *like.shape[-2:])
             if array.shape != expected:
                 raise ValueError(

@@ -14,8 +14,8 @@ def updated(aval: Any, shape: tuple[int, ...], dtype: Any, kept_axes: int) -> An
 
     ``update`` also keeps the manual axes over which the value varies in a shard_map.
     """
-    spec = (*aval.sharding.spec, *(None,) * aval.ndim)[:kept_axes]
-    spec = PartitionSpec(*spec, *(None,) * (len(shape) - kept_axes))
+    kept = (*aval.sharding.spec, *(None,) * aval.ndim)[:kept_axes]
+    spec = PartitionSpec(*kept, *(None,) * (len(shape) - kept_axes))
     return aval.update(
         shape=shape, dtype=dtype, sharding=aval.sharding.update(spec=spec)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -40,11 +40,15 @@ class Traits(NamedTuple):
 
 
 def refusal(
-    implementation: str, platform: str, traits: Traits | None = None
+    implementation: str,
+    platform: str,
+    traits: Traits | None = None,
+    function: str = "forward",
 ) -> str | None:
     """Why ``implementation`` cannot run a call on ``platform``; None if it can.
 
-    Without ``traits``: why it can run no call at all.
+    Without ``traits``: why it can run no call at all. ``function`` names the kernel that
+    it needs.
     """
     if implementation == "xla":
         return None
@@ -53,7 +57,9 @@ def refusal(
         if platform not in NATIVE_PLATFORMS:
             return f"jax_na has no native kernels for the platform {platform!r}"
         return f"jax_na was installed without its native kernels for {platform!r}"
-    if _ffi.target_name("forward", implementation) not in targets:
+    if implementation == "gemm" and function == "forward":
+        function = "pair"  # attention is composed of products
+    if _ffi.target_name(function, implementation) not in targets:
         return f"jax_na has no {implementation!r} kernels for the platform {platform!r}"
     if traits is not None and platform == "cuda" and implementation in _TENSOR_CORES:
         return _tensor_core_refusal(implementation, traits)
@@ -84,13 +90,16 @@ def choose(
         NotImplementedError: a named implementation cannot run there; the message says
             why, and which ones can.
     """
+    return pick(implementation, lambda name: refusal(name, platform, traits))
+
+
+def pick(implementation: str | None, reason_of: Callable[[str], str | None]) -> str:
+    """As :func:`choose`; ``reason_of`` tells why an implementation cannot run the call."""
+    able = [name for name in IMPLEMENTATIONS if reason_of(name) is None]
     if implementation is None:
-        return next(
-            name for name in IMPLEMENTATIONS if not refusal(name, platform, traits)
-        )
-    reason = refusal(implementation, platform, traits)
+        return able[0]
+    reason = reason_of(implementation)
     if reason is not None:
-        able = [name for name in IMPLEMENTATIONS if not refusal(name, platform, traits)]
         raise NotImplementedError(
             f"implementation={implementation!r} cannot run this call: {reason}. "
             f"On this platform these can: {', '.join(map(repr, able))}; None picks the "

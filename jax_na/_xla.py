@@ -81,7 +81,7 @@ def backward(
     if dlse is not None:
         delta = delta - dlse
     rows = (operands.query, dout, lse[..., None], delta[..., None])
-    gradients = {}
+    gradients: dict[str, jax.Array] = {}
     if wrt - {"key", "value"}:
         gradients |= _query_gradients(operands, problem, rows, wrt - {"key", "value"})
     if wrt & {"key", "value"}:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+import jax_na._ffi
+
 # Fake devices for the sharding tests; programs of one device do not notice them. They
 # must be set before the first array exists.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -18,3 +20,20 @@ def quick_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every kernel of every platform had been built: for lowering alone."""
+    attention, products = ("forward", "backward"), ("pair", "gather", "scatter")
+    kernels = {
+        "cpu": {"fused": attention, "naive": attention},
+        "cuda": {"fused": attention, "gemm": products, "naive": attention + products},
+    }
+    for platform, functions_of in kernels.items():
+        targets = frozenset(
+            jax_na._ffi.target_name(function, implementation)
+            for implementation, functions in functions_of.items()
+            for function in functions
+        )
+        monkeypatch.setitem(jax_na._ffi.TARGETS, platform, targets)

@@ -27,12 +27,15 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 Arrays = dict[str, jax.Array]
 Attend = Callable[[Arrays], tuple[jax.Array, jax.Array]]
 
-GRID, WINDOW = (5, 6), {
-    "kernel_size": (3, 2),
-    "stride": (1, 2),
-    "dilation": (1, 2),
-    "is_causal": (True, False),
-}
+GRID, WINDOW = (
+    (5, 6),
+    {
+        "kernel_size": (3, 2),
+        "stride": (1, 2),
+        "dilation": (1, 2),
+        "is_causal": (True, False),
+    },
+)
 SHAPES = {
     "query": (2, *GRID, 4, 8),
     "key": (2, *GRID, 2, 8),
@@ -255,10 +258,16 @@ def test_vmap(mapped: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [_jvp, _tangent_of_gradient, _gradient_of_tangent])
-def test_vmap_of_derivatives(rule: Any) -> None:
-    """Where some operands and other tangents are mapped."""
-    axes = MAPPED["query and bias"]
-    tangent_axes = {**dict.fromkeys(SHAPES), "value": 0, "rel_pos_bias": 0}
+@pytest.mark.parametrize(
+    ("mapped", "mapped_tangents"),
+    [("query alone", ("value", "rel_pos_bias")), ("query and bias", ("value",))],
+)
+def test_vmap_of_derivatives(
+    mapped: str, mapped_tangents: tuple[str, ...], rule: Any
+) -> None:
+    """Where some operands and the tangents of others are mapped."""
+    axes = MAPPED[mapped]
+    tangent_axes = {**dict.fromkeys(SHAPES), **dict.fromkeys(mapped_tangents, 0)}
 
     def evaluate(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
         one = functools.partial(rule, attend)
@@ -454,9 +463,7 @@ def test_remat(name: str) -> None:
     wrap, expected_calls = REMAT[name]
     tokens = _random(0, *SHAPES["query"])
     biases = _random(1, 2, *SHAPES["rel_pos_bias"])
-    gradient = jax.jit(
-        jax.value_and_grad(_layers(_attend(None), wrap), argnums=(0, 1))
-    )
+    gradient = jax.jit(jax.value_and_grad(_layers(_attend(None), wrap), argnums=(0, 1)))
     lowered = gradient.lower(tokens, biases)
     expected = {"forward": expected_calls, "backward": 2}
     assert functions_called(lowered.as_text()) == expected

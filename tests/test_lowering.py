@@ -67,18 +67,6 @@ def _lowered(function: Any, target: str, *arguments: Any) -> str:
 
 
 @pytest.fixture
-def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if every kernel of every platform had been built."""
-    for name, kernels in KERNELS.items():
-        targets = frozenset(
-            _ffi.target_name(function, kernel)
-            for function in ("forward", "backward")
-            for kernel in kernels
-        )
-        monkeypatch.setitem(_ffi.TARGETS, name, targets)
-
-
-@pytest.fixture
 def no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As a wheel without CUDA kernels that has not warned yet."""
     monkeypatch.delitem(_ffi.TARGETS, "cuda", raising=False)
@@ -90,7 +78,7 @@ def no_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # ---- Kernels by platform -------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("all_kernels")
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("target", ["cpu", "cuda", "rocm", "tpu"])
 @pytest.mark.parametrize("implementation", [None, "fused", "gemm", "naive", "xla"])
 def test_kernels_by_platform(target: str, implementation: str | None) -> None:
@@ -110,10 +98,14 @@ def test_kernels_by_platform(target: str, implementation: str | None) -> None:
         assert not calls
     else:
         name = implementation or kernels[0]
-        assert calls == {f"jax_na_forward_{name}": 1, f"jax_na_backward_{name}": 1}
+        if name == "gemm":  # composed of its products
+            assert {"jax_na_pair_gemm", "jax_na_gather_gemm"} < set(calls)
+            assert all(target.endswith("_gemm") for target in calls)
+        else:
+            assert calls == {f"jax_na_forward_{name}": 1, f"jax_na_backward_{name}": 1}
 
 
-@pytest.mark.usefixtures("all_kernels")
+@pytest.mark.usefixtures("every_kernel")
 def test_kernels_by_dtype() -> None:
     """Those with tensor cores take no float64; the best of the others is taken."""
     with jax.enable_x64(True):
@@ -135,9 +127,8 @@ def test_what_was_built_for_cuda() -> None:
     for name in jax_na.explain(*_shapes(), (3, 3), platform="cuda").refusals:
         with pytest.raises(NotImplementedError):
             _lowered(_attend(name), "cuda")
-    text = _lowered(_gradient(_attend()), "cuda")
-    assert functions_called(text) == {"forward": 1, "backward": 1}
-    assert set(custom_calls(text)) <= _ffi.TARGETS["cuda"]
+    calls = set(custom_calls(_lowered(_gradient(_attend()), "cuda")))
+    assert calls and calls <= _ffi.TARGETS["cuda"]
 
 
 @pytest.mark.usefixtures("no_cuda_kernels")
@@ -166,7 +157,7 @@ def test_naming_a_kernel_that_was_not_built() -> None:
 # ---- Attributes ----------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("all_kernels")
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_attributes(target: str) -> None:
     """They are a stable interface: stored programs hold them."""
@@ -192,7 +183,7 @@ def test_attributes(target: str) -> None:
     assert {"wrt", "deterministic"}.isdisjoint(forward)
 
 
-@pytest.mark.usefixtures("all_kernels")
+@pytest.mark.usefixtures("every_kernel")
 def test_attributes_of_optional_operands() -> None:
     def attend(arrays: dict[str, jax.Array]) -> Any:
         frame = jax_na.Frame(arrays.pop("length"))
@@ -236,10 +227,9 @@ def test_determinism(
 
 
 @pytest.mark.parametrize("function", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_memory_of_portable_code(function: str, dtype: Any) -> None:
+def test_memory_of_portable_code(function: str) -> None:
     """XLA's own count of temporary memory: not the square of the tokens."""
-    tokens = jax.ShapeDtypeStruct((1, 256, 256, 4, 32), dtype)
+    tokens = jax.ShapeDtypeStruct((1, 256, 256, 4, 32), jnp.float32)
 
     def attend(*arrays: jax.Array) -> jax.Array:
         return jax_na.na2d(*arrays, 7, implementation="xla")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -58,7 +59,7 @@ def _split(arrays: Arrays, implementation: str, pieces: int) -> Any:
     def attend(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         query, key, value, bias, additional_keys, additional_values = inputs
         parts = []
-        for index, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:])):
+        for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
             extra = {}
             if index == 1:
                 extra = {

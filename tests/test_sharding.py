@@ -577,12 +577,8 @@ def test_derivatives_inside_manual(check_vma: bool, implementation: str) -> None
         out_specs=((out, out), (out, out)),
         check_vma=check_vma,
     )
-    manual = _manual(
-        _attend(implementation), mesh, specs, arrays, check_vma=check_vma
-    )
-    _assert_close(
-        jax.jit(derivatives)(arrays), _on_one_device(_derivatives, arrays)[0]
-    )
+    manual = _manual(_attend(implementation), mesh, specs, arrays, check_vma=check_vma)
+    _assert_close(jax.jit(derivatives)(arrays), _on_one_device(_derivatives, arrays)[0])
     _assert_close(
         jax.jit(functools.partial(_reverse_over_reverse, manual))(arrays),
         _on_one_device(_reverse_over_reverse, arrays),
@@ -667,9 +663,7 @@ def test_unfused(sharded: str, axis_type: AxisType) -> None:
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_unfused_inside_manual(check_vma: bool) -> None:
     arrays, mesh = _arrays((*TOKENS, "rel_pos_bias")), _mesh()
-    function = _manual(
-        _unfused, mesh, SILENT["batch"][0], arrays, check_vma=check_vma
-    )
+    function = _manual(_unfused, mesh, SILENT["batch"][0], arrays, check_vma=check_vma)
     _assert_close(
         jax.jit(functools.partial(_with_gradients, function))(arrays),
         _on_one_device(_unfused_with_gradients, arrays),

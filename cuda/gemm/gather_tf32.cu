@@ -1,0 +1,8 @@
+#include "gather.cuh"
+
+namespace jax_na::cuda::gemm {
+template cudaError_t launch_gather<float, 32, Precision::kDefault>(const UnfusedPlan&, cudaStream_t);
+template cudaError_t launch_gather<float, 64, Precision::kDefault>(const UnfusedPlan&, cudaStream_t);
+template cudaError_t launch_gather<float, 128, Precision::kDefault>(const UnfusedPlan&, cudaStream_t);
+template cudaError_t launch_gather<float, 256, Precision::kDefault>(const UnfusedPlan&, cudaStream_t);
+}  // namespace jax_na::cuda::gemm

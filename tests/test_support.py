@@ -1,0 +1,155 @@
+"""What an installation says of itself, and of one call."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from problems import implementations, platform
+
+import jax_na
+from jax_na import _ffi
+
+NAMES = ("fused", "gemm", "naive", "xla")
+
+
+def _shapes(head_dim: int = 8, dtype: Any = jnp.float32) -> dict[str, Any]:
+    tokens = jax.ShapeDtypeStruct((2, 6, 7, 4, head_dim), dtype)
+    keys = jax.ShapeDtypeStruct((2, 6, 7, 2, head_dim), dtype)
+    return {"query": tokens, "key": keys, "value": keys}
+
+
+# ---- The installation ----------------------------------------------------------------
+
+
+def test_support_names_platforms_implementations_and_reasons() -> None:
+    support = jax_na.support()
+    assert set(support.refusals) == {"cpu", "cuda"}
+    for name, reasons in support.refusals.items():
+        assert tuple(reasons) == NAMES
+        assert reasons["xla"] is None  # runs everywhere
+        for implementation, reason in reasons.items():
+            if reason is None:
+                continue
+            assert len(reason) > 20, (name, implementation)
+    able = [name for name, why in support.refusals[platform()].items() if why is None]
+    assert tuple(able) == implementations()
+    for part in ("cpu:", "cuda:", *NAMES):
+        assert part in str(support)
+
+
+def test_support_of_native_modules() -> None:
+    support = jax_na.support()
+    built = {name: _ffi.module(name) is not None for name in ("cpu", "cuda")}
+    if built["cpu"]:
+        assert support.cpu_instruction_set in ("avx512", "avx2", "baseline")
+    else:
+        assert support.cpu_instruction_set is None
+    assert (support.cuda_runtime is not None) == built["cuda"]
+    assert (support.cuda_driver is not None) == built["cuda"]
+    if built["cuda"] and support.cuda_driver < support.cuda_runtime:
+        reason = support.refusals["cuda"]["naive"]
+        assert reason is not None and str(support.cuda_runtime) in reason
+
+
+@pytest.mark.usefixtures("every_kernel")
+def test_support_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(_ffi.TARGETS, "cuda")
+    monkeypatch.delitem(_ffi._LOADED, "cuda", raising=False)
+    support = jax_na.support()
+    for name in ("fused", "gemm", "naive"):
+        reason = support.refusals["cuda"][name]
+        assert reason is not None and "without its native kernels" in reason
+    assert support.cuda_runtime is None and support.cuda_driver is None
+
+
+def test_support_starts_no_backend() -> None:
+    """So that it can be called before a program says which devices it wants."""
+    program = """
+import jax, jax_na
+jax_na.support()
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    root = str(Path(jax_na.__file__).parents[1])
+    program = f"import sys; sys.path.insert(0, {root!r})\n{program}"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ---- One call ------------------------------------------------------------------------
+
+
+def test_explain_agrees_with_the_call() -> None:
+    explanation = jax_na.explain(**_shapes(), kernel_size=(3, 3))
+    assert explanation.platform == platform()
+    assert explanation.implementation == implementations()[0]
+    assert set(explanation.refusals) == set(NAMES) - set(implementations())
+    assert repr(explanation.implementation) in str(explanation)
+    for name, reason in explanation.refusals.items():
+        assert repr(name) in str(explanation) and reason in str(explanation)
+
+
+@pytest.mark.usefixtures("every_kernel")
+def test_explain_other_platforms() -> None:
+    def chosen(platform: str, **changes: Any) -> str:
+        shapes = _shapes(**changes)
+        return jax_na.explain(**shapes, kernel_size=(3, 3), platform=platform).implementation
+
+    assert chosen("cpu") == "fused"
+    assert chosen("cuda") == "fused"
+    assert chosen("cuda", head_dim=5) == "naive"
+    assert chosen("tpu") == chosen("rocm") == "xla"
+    explanation = jax_na.explain(
+        **_shapes(head_dim=264), kernel_size=(3, 3), platform="cuda"
+    )
+    assert "264" in explanation.refusals["fused"]
+    assert set(explanation.refusals) == {"fused", "gemm"}
+
+
+def test_explain_counts_the_work() -> None:
+    """Of visible pairs alone: a causal axis of L tokens has fewer than k L."""
+    arguments: dict[str, Any] = {"kernel_size": (3, 2), "is_causal": (False, True)}
+    mask = jax_na.window_mask((6, 7), **arguments)
+    explanation = jax_na.explain(**_shapes(), **arguments)
+    assert explanation.visible_pairs == int(mask.sum())
+    samples, heads, channels = 2, 4, 8 + 8
+    expected = 2 * channels * explanation.visible_pairs * samples * heads
+    assert explanation.forward_flops == expected
+    assert explanation.backward_flops == expected * 5 // 2
+    framed = jax_na.explain(**_shapes(), **arguments, frame=jax_na.Frame((4, 5)))
+    assert framed.visible_pairs >= explanation.visible_pairs
+
+
+def test_explain_takes_every_argument_of_the_call() -> None:
+    explanation = jax_na.explain(
+        **_shapes(),
+        kernel_size=(3, 3),
+        stride=2,
+        dilation=(1, 2),
+        is_causal=True,
+        scale=1.0,
+        rel_pos_bias=jnp.ones((4, 5, 5)),
+        additional_keys=jnp.ones((2, 3, 2, 8)),
+        additional_values=jnp.ones((2, 3, 2, 8)),
+        return_lse=True,
+        precision="highest",
+        deterministic_grads=True,
+        implementation="xla",
+    )
+    assert explanation.implementation == "xla"
+
+
+def test_explain_refuses_what_the_call_refuses() -> None:
+    with pytest.raises(ValueError, match="stride"):
+        jax_na.explain(**_shapes(), kernel_size=(3, 3), stride=4)
+    with pytest.raises(ValueError, match="implementation"):
+        jax_na.explain(**_shapes(), kernel_size=(3, 3), implementation="best")
+    with pytest.raises(NotImplementedError, match="these can: 'xla'"):
+        jax_na.explain(
+            **_shapes(), kernel_size=(3, 3), platform="tpu", implementation="naive"
+        )

@@ -1,0 +1,175 @@
+"""The planner: what it counts, by brute force, and what it chooses."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_na import _ops, _plan, _reference, _tiling, _window
+
+
+def _visible(axis: _tiling.Axis) -> np.ndarray:
+    """bool ``[queries, keys]`` of the oracle."""
+    mask = np.zeros((axis.length, axis.length), bool)
+    window = (axis.kernel_size, axis.stride, axis.dilation, axis.is_causal)
+    for query in range(axis.length):
+        mask[query, list(_reference.visible_keys(query, axis.length, *window))] = True
+    return mask
+
+
+def _axis_boxes(
+    mask: np.ndarray, dilation: int, extent: int, box: int
+) -> Iterator[list[np.ndarray]]:
+    """For every tile of an axis, its boxes: bool ``[rows, columns]`` each, in order."""
+    length = len(mask)
+    for residue in range(min(dilation, length)):
+        tokens = np.arange(residue, length, dilation)
+        for start in range(0, len(tokens), extent):
+            rows = mask[tokens[start : start + extent]][:, tokens]
+            seen = np.flatnonzero(rows.any(axis=0))
+            first, last = seen[0], seen[-1] + 1
+            yield [rows[:, at : min(at + box, last)] for at in range(first, last, box)]
+
+
+def _brute_force(
+    axes: tuple[_tiling.Axis, ...],
+    rows_are_keys: bool,
+    row_tile: tuple[int, ...],
+    column_box: tuple[int, ...],
+    columns: int,
+) -> tuple[int, int, int]:
+    """Tiles, boxes and boxes that need a mask."""
+    per_axis = []
+    for axis, extent, box in zip(axes, row_tile, column_box, strict=True):
+        mask = _visible(axis)
+        mask = mask.T if rows_are_keys else mask
+        per_axis.append(list(_axis_boxes(mask, axis.dilation, extent, box)))
+    tiles = boxes = masked = 0
+    for tile in itertools.product(*per_axis):
+        tiles += 1
+        for parts in itertools.product(*tile):
+            boxes += 1
+            full = all(part.all() for part in parts)
+            size = math.prod(part.shape[1] for part in parts)
+            masked += not (full and size == columns)
+    return tiles, boxes, masked
+
+
+@st.composite
+def _axes(draw: Any, rank: int, longest: int) -> tuple[_tiling.Axis, ...]:
+    axes = []
+    for _ in range(rank):
+        kernel_size = draw(st.integers(1, 7))
+        dilation = draw(st.integers(1, 3))
+        length = kernel_size * dilation + draw(st.integers(0, longest))
+        stride = draw(st.integers(1, kernel_size))
+        causal = draw(st.booleans())
+        axes.append(_tiling.Axis(length, kernel_size, stride, dilation, causal))
+    return tuple(axes)
+
+
+@st.composite
+def _counted(draw: Any) -> Any:
+    rank = draw(st.integers(1, 3))
+    axes = draw(_axes(rank, {1: 30, 2: 9, 3: 3}[rank]))
+    extents = st.tuples(*(st.integers(1, 8) for _ in axes))
+    return axes, draw(st.booleans()), draw(extents), draw(extents)
+
+
+@given(_counted())
+@settings(max_examples=150, deadline=None)
+def test_counts_are_exact(problem: Any) -> None:
+    axes, rows_are_keys, row_tile, column_box = problem
+    interval = _window.query_interval if rows_are_keys else _window.key_interval
+    columns = math.prod(column_box)
+    tiling = _tiling.count(
+        axes, interval, row_tile, column_box, math.prod(row_tile), columns
+    )
+    expected = _brute_force(axes, rows_are_keys, row_tile, column_box, columns)
+    assert (tiling.tiles, tiling.boxes, tiling.masked_boxes) == expected
+    assert tiling.visited_pairs == tiling.boxes * math.prod(row_tile) * columns
+
+
+@given(_axes(2, 12), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_choice_is_the_cheapest(axes: Any, rows_are_keys: bool) -> None:
+    """No pair of boxes at all is cheaper, also none that could be enlarged."""
+    rows, columns = 8, 6
+    model = _tiling.CostModel()
+    plan = (
+        _tiling.plan_rows_are_keys if rows_are_keys else _tiling.plan_rows_are_queries
+    )
+    interval = _window.query_interval if rows_are_keys else _window.key_interval
+    chosen = plan(axes, (rows,), columns, model)
+
+    def boxes(limit: int) -> list[tuple[int, ...]]:
+        pairs = itertools.product(range(1, limit + 1), repeat=2)
+        return [pair for pair in pairs if math.prod(pair) <= limit]
+
+    least = min(
+        model.cost(_tiling.count(axes, interval, row_tile, box, rows, columns))
+        for row_tile in boxes(rows)
+        for box in boxes(columns)
+    )
+    # A smaller box can be cheaper only by needing no mask where a larger one does.
+    assert model.cost(chosen) <= least * 1.25
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels", [8, 32, 40, 64, 96, 128, 136, 192, 256])
+def test_plans_fit_the_kernels(channels: int, element: str) -> None:
+    """The limits of ``cuda/fused/variants.h``."""
+    padded = next(n for n in (32, 64, 96, 128, 192, 256) if channels <= n)
+    size = np.dtype("float32" if element == "float32" else "uint16").itemsize
+    backward_rows = 64 if padded * size <= 512 else 32
+    forward_rows = backward_rows * (2 if size == 2 and padded <= 128 else 1)
+    for grid, kernel_size in (
+        ((37,), (9,)),
+        ((20, 31), (7, 5)),
+        ((5, 9, 8), (3, 3, 5)),
+    ):
+        operand = jax.ShapeDtypeStruct((2, *grid, 4, channels), element)
+        problem: Any = None
+
+        def canonical(operand: Any, kernel_size: Any = kernel_size) -> Any:
+            nonlocal problem
+            problem, operands = _ops.canonical_call(
+                len(kernel_size), operand, operand, operand, kernel_size, dilation=1
+            )
+            return operands
+
+        operands = jax.eval_shape(canonical, operand)
+        plan = _plan.make_plan("fused", "cuda", problem, operands)
+        assert plan is not None
+        assert math.prod(plan.forward.row_tile) <= plan.forward.rows <= forward_rows
+        for tiling in (plan.dquery, plan.dkey):
+            assert math.prod(tiling.row_tile) <= tiling.rows == backward_rows
+        for tiling in (plan.forward, plan.dquery, plan.dkey):
+            assert math.prod(tiling.column_box) <= tiling.columns == backward_rows
+
+
+def test_known_plans() -> None:
+    """The least work there is for boxes of 64, found by exhaustive search elsewhere."""
+    axis = _tiling.Axis(128, 33, 1, 1, False)
+    tiling = _tiling.plan_rows_are_queries((axis, axis), (64,), 64)
+    assert tiling.visited_pairs / (128 * 33) ** 2 == pytest.approx(1.47, abs=0.005)
+    axes = tuple(
+        _tiling.Axis(length, k, s, 1, False)
+        for length, k, s in zip((30, 48, 80), (18, 24, 24), (16, 8, 8), strict=True)
+    )
+    tiling = _tiling.plan_rows_are_queries(axes, (64, 128), 64)
+    assert tiling.masked_boxes == 0
+    assert tiling.visited_pairs == math.prod(a.length * a.kernel_size for a in axes)
+
+
+def test_kernels_without_a_plan() -> None:
+    assert _plan.make_plan("naive", "cuda", None, None) is None  # type: ignore[arg-type]
+    assert _plan.make_plan("fused", "cpu", None, None) is None  # type: ignore[arg-type]
