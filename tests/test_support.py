@@ -98,7 +98,9 @@ def test_explain_agrees_with_the_call() -> None:
 def test_explain_other_platforms() -> None:
     def chosen(platform: str, **changes: Any) -> str:
         shapes = _shapes(**changes)
-        return jax_na.explain(**shapes, kernel_size=(3, 3), platform=platform).implementation
+        return jax_na.explain(
+            **shapes, kernel_size=(3, 3), platform=platform
+        ).implementation
 
     assert chosen("cpu") == "fused"
     assert chosen("cuda") == "fused"
