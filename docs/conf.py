@@ -47,7 +47,7 @@ def layer_signature(
     """The constructor's arguments, which Flax hides in part and lists for each rank."""
     if kind != "class" or not issubclass(obj, (nn.Module, nnx.Module)):
         return None
-    if obj.rank is not None:
+    if getattr(obj, "rank", None) is not None:
         return "(...)", ""
     parameters = [
         parameter.replace(annotation=inspect.Parameter.empty)
