@@ -4,8 +4,9 @@ Scores and weights of every window are arrays in memory, ``[B, *grid, N, S]``, a
 paper's GEMM-based neighborhood attention; what lies between the products is left to XLA,
 which fuses it. Scores and their gradients before softmax are in the accumulation dtype,
 because an error of a score is a relative error of its weight, and large scores have
-large errors in short dtypes. Weights and the gradients after softmax, which enter
-products, have the operands' dtype, as in the fused kernels.
+large errors in short dtypes. Weights and the gradients of scores, which enter products,
+have the operands' dtype, as in the fused kernels. Weights are relative to the largest of
+a query there, which is then exactly 1.
 
 The interface is that of :mod:`jax_na._xla`.
 """
@@ -133,7 +134,7 @@ def forward(
     operands: Operands, problem: Problem, implementation: str = "gemm"
 ) -> tuple[jax.Array, jax.Array]:
     """``(out, lse)``: out in the query's dtype, lse in the accumulation dtype."""
-    dtype = operands.query.dtype
+    dtype, accumulation = operands.query.dtype, accumulation_dtype(operands.query.dtype)
     masks = _masks(operands, problem)
     scores = _scores(operands, problem, masks, implementation)
     peaks = [part.max(axis=-1, keepdims=True) for part in scores]
@@ -143,14 +144,19 @@ def forward(
     total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
     # A row that sees nothing: out 0, lse -inf.
     empty = total == 0
-    weights = [(part / jnp.where(empty, 1, total)).astype(dtype) for part in weights]
     out = _unfused.gather(
-        weights[0], operands.value, operands.frame, problem, implementation
+        weights[0].astype(dtype),
+        operands.value,
+        operands.frame,
+        problem,
+        implementation,
+        accumulation,
     )
     if operands.additional_value is not None:
-        out = out + _gather_additional(
+        out += _gather_additional(
             weights[1], operands.additional_value, operands, problem
         )
+    out /= jnp.where(empty, 1, total)
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
     return out.astype(dtype), lse[..., 0]
 
@@ -197,22 +203,27 @@ def backward(
             operands.frame,
             problem,
             implementation,
+            accumulation,
             operands.key.shape[first:-1],
         )
 
     gradients: dict[str, jax.Array] = {}
     if "query" in wrt:
         dquery = _unfused.gather(
-            dscores[0], operands.key, operands.frame, problem, implementation
-        ).astype(accumulation)
+            dscores[0],
+            operands.key,
+            operands.frame,
+            problem,
+            implementation,
+            accumulation,
+        )
         if operands.additional_key is not None:
             dquery += _gather_additional(
                 dscores[1], operands.additional_key, operands, problem
             )
         gradients["query"] = problem.scale * dquery
     if "key" in wrt:
-        dkey = scattered(dscores[0], operands.query)
-        gradients["key"] = problem.scale * dkey.astype(accumulation)
+        gradients["key"] = problem.scale * scattered(dscores[0], operands.query)
     if "value" in wrt:
         gradients["value"] = scattered(weights[0].astype(dtype), dout)
     if "bias" in wrt:

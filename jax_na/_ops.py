@@ -414,7 +414,9 @@ def na_av(
     operands = vary_alike(Operands(weights, value, None, frame=packed_frame))
 
     def sums(weights: Any, value: Any, frame: Any) -> jax.Array:
-        return _unfused.gather(weights, value, frame, problem, implementation)
+        return _unfused.gather(
+            weights, value, frame, problem, implementation, weights.dtype
+        )
 
     return _like_first(
         sums, value.shape[-1], operands.query, operands.key, operands.frame

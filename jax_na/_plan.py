@@ -62,14 +62,13 @@ def make_plan(
         return None
     channels = max(operands.query.shape[-1], operands.value.shape[-1])
     variant = _tiling.variant_of(channels, operands.query.dtype.itemsize)
+    model = _tiling.CostModel(wide=variant.wide)
     queries, keys = _axes(problem, operands.query), _axes(problem, operands.key)
-    dquery = _tiling.plan_rows_are_queries(
-        queries, variant.backward_rows, variant.columns
-    )
+    dquery = _tiling.plan_rows_are_queries(queries, variant.dquery, model)
     return Plan(
-        _tiling.plan_rows_are_queries(queries, variant.forward_rows, variant.columns),
+        _tiling.plan_rows_are_queries(queries, variant.forward, model),
         dquery,
-        _tiling.plan_rows_are_keys(keys, variant.backward_rows, variant.columns),
+        _tiling.plan_rows_are_keys(keys, variant.dkey, model),
         _bias_splits(problem, operands, dquery.tiles),
         _additional_splits(problem, operands),
     )

@@ -1,4 +1,4 @@
-"""What array types say of meshes: how their explicit axes shard an array."""
+"""What array types say of meshes: how an array is sharded, and where it varies."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def updated(aval: Any, shape: tuple[int, ...], dtype: Any, kept_axes: int) -> An
     return aval.update(
         shape=shape, dtype=dtype, sharding=aval.sharding.update(spec=spec)
     )
+
+
+def varying_like(array: jax.Array, other: jax.Array) -> jax.Array:
+    """``array``, varying over at least the manual axes over which ``other`` varies."""
+    missing = jax.typeof(other).mat.varying - jax.typeof(array).mat.varying
+    return jax.lax.pcast(array, tuple(missing), to="varying") if missing else array
 
 
 def automatic(

@@ -175,20 +175,21 @@ def collect_bias(
     rank, batch_rank = problem.rank, slots.ndim - problem.rank - 2
     grid, heads = slots.shape[batch_rank:-2], slots.shape[-2]
     accumulation = accumulation_dtype(slots.dtype)
+    samples = tuple(range(batch_rank))
     part = slots.reshape(*slots.shape[:-1], *problem.kernel_size)
     for number, axis in enumerate(_axes(problem, grid, grid, frame, batch_rank)):
         # [B, *grid from this axis on, N, *rows of earlier axes, *slots from here on]
         size = problem.kernel_size[number]
         beginnings = np.arange(size - 1, -1, -1, dtype=np.int32)
         begins = jnp.asarray(axis.first_row[..., None] == beginnings)
-        lead, rest = part.shape[:batch_rank], part.shape[batch_rank + 1 :]
-        part = jnp.einsum(
-            "...tq,...tx->...qx",
+        lead = part.shape[:batch_rank]
+        part = jax.lax.dot_general(
             jnp.broadcast_to(begins, (*lead, *begins.shape[-2:])).astype(part.dtype),
-            part.reshape(*lead, part.shape[batch_rank], math.prod(rest)),
+            part,
+            (((batch_rank,), (batch_rank,)), (samples, samples)),
             precision=problem.precision,
             preferred_element_type=accumulation,
-        ).reshape(*lead, size, *rest)
+        )
         part = jnp.moveaxis(part, (batch_rank, number - rank), (-2, -1))
         part = jnp.moveaxis(_diagonal_sums(part), -1, number - rank)
     return part.reshape(*slots.shape[:batch_rank], heads, *problem.bias_shape)

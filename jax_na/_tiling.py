@@ -18,35 +18,48 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import numpy as np
 
 from jax_na import _window
 
+#: Rows and columns of a score tile.
+Shape: TypeAlias = tuple[int, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is compiled for one length of channel rows; ``cuda/fused/variants.h``.
+    """Score tiles that are compiled for one length of channel rows.
+
+    ``cuda/fused/variants.h`` holds the same table.
 
     Attributes:
-        forward_rows: queries of a score tile in the forward pass.
-        backward_rows: queries or keys of one in the backward pass.
-        columns: tokens that are visited at once.
+        forward: of the forward pass, whose rows are queries.
+        dquery: of the query's gradient, likewise.
+        dkey: of the gradients of key and value, whose rows are keys.
+        wide: :attr:`CostModel.wide` of these kernels, as measured.
     """
 
-    forward_rows: tuple[int, ...]
-    backward_rows: tuple[int, ...]
-    columns: int
+    forward: tuple[Shape, ...]
+    dquery: tuple[Shape, ...]
+    dkey: tuple[Shape, ...]
+    wide: float = 1.0
 
 
 def variant_of(channels: int, element_bytes: int) -> Variant:
     """The variant for so many channels of a head, of so many bytes each."""
     padded = next(dim for dim in (32, 64, 96, 128, 192, 256) if channels <= dim)
     if padded * element_bytes > 512:  # more would not fit in shared memory
-        return Variant((32,), (32,), 32)
-    if element_bytes == 2 and padded <= 128:
-        return Variant((64, 128), (64,), 64)
-    return Variant((64,), (64,), 64)
+        small = ((32, 32),)
+        return Variant(small, small, small)
+    base = (64, 64)
+    if element_bytes != 2 or padded > 128:
+        return Variant((base,), (base,), (base,))
+    forward = (base, (128, 64))
+    if padded <= 64:
+        return Variant(forward, (base,), (base,))
+    return Variant(forward, (base, (128, 32)), (base,), wide=0.8)
 
 
 _Interval = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -93,25 +106,30 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Relative times; the unit is one masked-free score tile of 64 rows.
+    """Relative times; the unit is one score tile of 64 rows and columns without mask.
 
     Attributes:
-        mask: extra time of a masked box, per 64 rows.
-        box: time of a box that does not depend on its rows: staging, barriers.
+        mask: extra time of a masked box, per unit.
+        box: time of a box that does not depend on its size: staging, barriers.
         tile: time of a tile that does not depend on its boxes: prologue and epilogue,
             per 64 rows.
+        wide: time of a unit in a tile of 128 rows, whose warps read less shared memory
+            for a product.
     """
 
     mask: float = 0.2
-    box: float = 0.25
+    box: float = 0.1
     tile: float = 1.5
+    wide: float = 1.0
 
     def cost(self, tiling: Tiling) -> float:
-        blocks = tiling.rows / 64
+        blocks = tiling.rows * tiling.columns / 64**2
+        if tiling.rows == 128:
+            blocks *= self.wide
         return (
             tiling.boxes * (blocks + self.box)
             + tiling.masked_boxes * self.mask * blocks
-            + tiling.tiles * self.tile * blocks
+            + tiling.tiles * self.tile * tiling.rows / 64
         )
 
 
@@ -210,17 +228,15 @@ def count(
 def _search(
     axes: tuple[Axis, ...],
     interval: _Interval,
-    rows: tuple[int, ...],
-    columns: int,
+    shapes: tuple[Shape, ...],
     model: CostModel,
 ) -> Tiling:
     longest = tuple(-(-axis.length // axis.dilation) for axis in axes)
-    column_boxes = _divisions(columns, longest)
     candidates = (
-        count(axes, interval, row_tile, column_box, size, columns)
-        for size in rows
-        for row_tile in _divisions(size, longest)
-        for column_box in column_boxes
+        count(axes, interval, row_tile, column_box, rows, columns)
+        for rows, columns in shapes
+        for row_tile in _divisions(rows, longest)
+        for column_box in _divisions(columns, longest)
     )
     # The order of the candidates settles ties: fewer rows, longer last axes.
     return min(candidates, key=model.cost)
@@ -229,20 +245,18 @@ def _search(
 @functools.lru_cache(maxsize=1024)
 def plan_rows_are_queries(
     axes: tuple[Axis, ...],
-    rows: tuple[int, ...],
-    columns: int,
+    shapes: tuple[Shape, ...],
     model: CostModel = CostModel(),
 ) -> Tiling:
     """The cheapest boxes of the forward pass and of the query's gradient."""
-    return _search(axes, _window.key_interval, rows, columns, model)
+    return _search(axes, _window.key_interval, shapes, model)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_rows_are_keys(
     axes: tuple[Axis, ...],
-    rows: tuple[int, ...],
-    columns: int,
+    shapes: tuple[Shape, ...],
     model: CostModel = CostModel(),
 ) -> Tiling:
     """The cheapest boxes of the gradients of key and value."""
-    return _search(axes, _window.query_interval, rows, columns, model)
+    return _search(axes, _window.query_interval, shapes, model)

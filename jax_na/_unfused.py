@@ -53,7 +53,7 @@ def pair(
     implementation: str | None,
     dtype: Any,
 ) -> jax.Array:
-    """Slots of ``dtype``, which is the operands' or their accumulation dtype."""
+    """Slots of ``dtype``: the operands' or their accumulation dtype, as below."""
     return _bind(
         pair_p,
         (queries, keys),
@@ -70,9 +70,17 @@ def gather(
     frame: jax.Array | None,
     problem: Problem,
     implementation: str | None,
+    dtype: Any,
 ) -> jax.Array:
-    """Queries of the operands' dtype."""
-    return _bind(gather_p, (slots, keys), frame, problem, implementation=implementation)
+    """Queries of ``dtype``."""
+    return _bind(
+        gather_p,
+        (slots, keys),
+        frame,
+        problem,
+        implementation=implementation,
+        dtype=np.dtype(dtype),
+    )
 
 
 def scatter(
@@ -81,15 +89,17 @@ def scatter(
     frame: jax.Array | None,
     problem: Problem,
     implementation: str | None,
+    dtype: Any,
     key_shape: Sequence[int],
 ) -> jax.Array:
-    """Keys of the operands' dtype; ``key_shape`` is ``(*key_grid, K)``."""
+    """Keys of ``dtype``; ``key_shape`` is ``(*key_grid, K)``."""
     return _bind(
         scatter_p,
         (slots, queries),
         frame,
         problem,
         implementation=implementation,
+        dtype=np.dtype(dtype),
         key_shape=tuple(key_shape),
     )
 
@@ -164,10 +174,12 @@ def _pair_abstract(
     return (updated(queries, shape, dtype, queries.ndim - 1),)
 
 
-def _gather_abstract(slots: Any, keys: Any, *_: Any, **params: Any) -> tuple[Any]:
+def _gather_abstract(
+    slots: Any, keys: Any, *_: Any, dtype: Any, **params: Any
+) -> tuple[Any]:
     del params
     shape = (*slots.shape[:-1], keys.shape[-1])
-    return (updated(slots, shape, slots.dtype, slots.ndim - 1),)
+    return (updated(slots, shape, dtype, slots.ndim - 1),)
 
 
 def _scatter_abstract(
@@ -175,13 +187,14 @@ def _scatter_abstract(
     queries: Any,
     *_: Any,
     problem: Problem,
+    dtype: Any,
     key_shape: tuple[int, ...],
     **params: Any,
 ) -> tuple[Any]:
     del params
     first, _last = grid_axes(slots, problem)
     shape = (*slots.shape[:first], *key_shape, queries.shape[-1])
-    return (updated(queries, shape, queries.dtype, slots.ndim - 1),)
+    return (updated(queries, shape, dtype, slots.ndim - 1),)
 
 
 def _spread_abstract(
@@ -241,50 +254,68 @@ PRIMITIVES = {
 # ---- Differentiation -----------------------------------------------------------------
 
 # The gradient of one operand of a primitive: from the cotangent of the result, the
-# operand's aval, the other operand, the frame and the primitive's parameters.
+# operand's aval, the other operand, the frame and the primitive's parameters. Operands
+# of a product have one dtype, so that a wide cotangent is rounded to it.
 _Gradient = Callable[..., jax.Array]
 
 
 def _pair_to_queries(
     ct: Any, queries: Any, keys: Any, frame: Any, problem: Problem, **params: Any
 ) -> jax.Array:
-    slots = ct.astype(queries.dtype)
-    return gather(slots, keys, frame, problem, params["implementation"])
+    dtype = queries.dtype
+    return gather(
+        ct.astype(dtype), keys, frame, problem, params["implementation"], dtype
+    )
+
+
+def _to_keys(
+    slots: Any, keys: Any, queries: Any, frame: Any, problem: Problem, params: Any
+) -> jax.Array:
+    first, _ = grid_axes(keys, problem)
+    return scatter(
+        slots,
+        queries,
+        frame,
+        problem,
+        params["implementation"],
+        keys.dtype,
+        keys.shape[first:-1],
+    )
 
 
 def _pair_to_keys(
     ct: Any, keys: Any, queries: Any, frame: Any, problem: Problem, **params: Any
 ) -> jax.Array:
-    slots = ct.astype(keys.dtype)
-    first, _ = grid_axes(keys, problem)
-    key_shape = keys.shape[first:-1]
-    return scatter(slots, queries, frame, problem, params["implementation"], key_shape)
+    return _to_keys(ct.astype(keys.dtype), keys, queries, frame, problem, params)
 
 
 def _gather_to_slots(
     ct: Any, slots: Any, keys: Any, frame: Any, problem: Problem, **params: Any
 ) -> jax.Array:
-    return pair(ct, keys, frame, problem, params["implementation"], slots.dtype)
+    dtype = slots.dtype
+    return pair(ct.astype(dtype), keys, frame, problem, params["implementation"], dtype)
 
 
 def _gather_to_keys(
     ct: Any, keys: Any, slots: Any, frame: Any, problem: Problem, **params: Any
 ) -> jax.Array:
-    first, _ = grid_axes(keys, problem)
-    key_shape = keys.shape[first:-1]
-    return scatter(slots, ct, frame, problem, params["implementation"], key_shape)
+    return _to_keys(slots, keys, ct.astype(keys.dtype), frame, problem, params)
 
 
 def _scatter_to_slots(
     ct: Any, slots: Any, queries: Any, frame: Any, problem: Problem, **params: Any
 ) -> jax.Array:
-    return pair(queries, ct, frame, problem, params["implementation"], slots.dtype)
+    dtype = slots.dtype
+    keys = ct.astype(dtype)
+    return pair(queries, keys, frame, problem, params["implementation"], dtype)
 
 
 def _scatter_to_queries(
     ct: Any, queries: Any, slots: Any, frame: Any, problem: Problem, **params: Any
 ) -> jax.Array:
-    return gather(slots, ct, frame, problem, params["implementation"])
+    dtype = queries.dtype
+    keys = ct.astype(dtype)
+    return gather(slots, keys, frame, problem, params["implementation"], dtype)
 
 
 def _spread_to_bias(

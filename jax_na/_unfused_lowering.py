@@ -23,6 +23,7 @@ from jax_na import (
 )
 from jax_na._native import Kind, Result
 from jax_na._problem import Problem, accumulation_dtype
+from jax_na._sharding import varying_like
 
 # ---- Portable ------------------------------------------------------------------------
 
@@ -44,9 +45,10 @@ def _pair_portable(
 
 
 def _gather_portable(
-    slots: jax.Array, keys: jax.Array, *frames: jax.Array, problem: Problem
+    slots: jax.Array, keys: jax.Array, *frames: jax.Array, problem: Problem, dtype: Any
 ) -> list[jax.Array]:
-    return [_xla.av(slots, keys, _unfused.frame_of(frames), problem)]
+    frame = _unfused.frame_of(frames)
+    return [_xla.av(slots.astype(dtype), keys.astype(dtype), frame, problem)]
 
 
 def _scatter_portable(
@@ -54,20 +56,21 @@ def _scatter_portable(
     queries: jax.Array,
     *frames: jax.Array,
     problem: Problem,
+    dtype: Any,
     key_shape: tuple[int, ...],
 ) -> list[jax.Array]:
-    # The sums of the gradient of gather; not in the operands' dtype, which may be short.
-    dtype = accumulation_dtype(queries.dtype)
+    # The gradient of gather, which sums in the dtype of the keys: not in a short one.
+    wide = accumulation_dtype(queries.dtype)
+    frame = _unfused.frame_of(frames)
     first, _ = _unfused.grid_axes(slots, problem)
-    keys = jnp.zeros((*slots.shape[:first], *key_shape, queries.shape[-1]), dtype)
+    keys = jnp.zeros((*slots.shape[:first], *key_shape, queries.shape[-1]), wide)
+    # Else their gradient would be the sum over the devices of a shard_map.
+    keys = varying_like(keys, slots)
     _, vjp = jax.vjp(
-        lambda keys: _xla.av(
-            slots.astype(dtype), keys, _unfused.frame_of(frames), problem
-        ),
-        keys,
+        lambda keys: _xla.av(slots.astype(wide), keys, frame, problem), keys
     )
-    (result,) = vjp(queries.astype(dtype))
-    return [result.astype(queries.dtype)]
+    (result,) = vjp(queries.astype(wide))
+    return [result.astype(dtype)]
 
 
 def _spread(
@@ -129,7 +132,8 @@ def _tiles(
     problem: Problem, grid: tuple[int, ...], channels: int, dtype: Any, by_key: bool
 ) -> _native.Attributes:
     """The boxes of a product whose rows are the tokens of ``grid``."""
-    variant = _tiling.variant_of(channels, dtype.itemsize)
+    # Longer rows of channels leave shared memory for half a tile (cuda/gemm/plans.cuh).
+    size = 64 if channels * dtype.itemsize <= 512 else 32
     plan = _tiling.plan_rows_are_keys if by_key else _tiling.plan_rows_are_queries
     axes = tuple(
         _tiling.Axis(*parameters)
@@ -142,7 +146,7 @@ def _tiles(
             strict=True,
         )
     )
-    tiling = plan(axes, variant.backward_rows, variant.columns)
+    tiling = plan(axes, ((size, size),))
     return (
         ("row_tile", tiling.row_tile),
         ("column_box", tiling.column_box),

@@ -12,11 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from problems import FrameSpec, ProblemSpec, make_arrays
+from problems import (
+    CHOSEN,
+    DIFFERENTIABLE,
+    FrameSpec,
+    ProblemSpec,
+    make_arrays,
+    platform,
+)
 from tolerance import assert_close, assert_results_close
 
 import jax_na
-from jax_na import _reference
+from jax_na import _gemm, _ops, _reference, _support
 
 SPECS = (
     ProblemSpec("1-D", (13,), (4,), stride=2, dilation=2, bias=True, head_dim=16),
@@ -57,8 +64,20 @@ SPECS = (
     ),
 )
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
-each_dtype = pytest.mark.parametrize(
-    "dtype", ["float64", "float32", "bfloat16", "float16"]
+#: What computes the products here, best first.
+IMPLEMENTATIONS = tuple(
+    name
+    for name in _support.IMPLEMENTATIONS
+    if _support.refusal(name, platform(), function="pair") is None
+)
+each_implementation_and_dtype = pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        (name, dtype)
+        for name in IMPLEMENTATIONS
+        for dtype in ("float64", "float32", "bfloat16", "float16")
+        if (name, dtype) != ("gemm", "float64")
+    ],
 )
 
 
@@ -70,16 +89,32 @@ def _window(spec: ProblemSpec) -> dict[str, Any]:
     return {n: v for n, v in spec.static_arguments().items() if n != "scale"}
 
 
-def _qk(spec: ProblemSpec, inputs: dict[str, Any]) -> jax.Array:
-    frame = None if spec.frame is None else jax_na.Frame(**spec.frame.arrays())
+def _frame(spec: ProblemSpec) -> jax_na.Frame | None:
+    return None if spec.frame is None else jax_na.Frame(**spec.frame.arrays())
+
+
+def _qk(
+    spec: ProblemSpec, inputs: dict[str, Any], implementation: Any = None
+) -> jax.Array:
     return jax_na.na_qk(
-        **inputs, **spec.static_arguments(), frame=frame, precision="highest"
+        **inputs,
+        **spec.static_arguments(),
+        frame=_frame(spec),
+        precision="highest",
+        implementation=implementation,
     )
 
 
-def _av(spec: ProblemSpec, inputs: dict[str, Any]) -> jax.Array:
-    frame = None if spec.frame is None else jax_na.Frame(**spec.frame.arrays())
-    return jax_na.na_av(**inputs, **_window(spec), frame=frame, precision="highest")
+def _av(
+    spec: ProblemSpec, inputs: dict[str, Any], implementation: Any = None
+) -> jax.Array:
+    return jax_na.na_av(
+        **inputs,
+        **_window(spec),
+        frame=_frame(spec),
+        precision="highest",
+        implementation=implementation,
+    )
 
 
 def _qk_inputs(spec: ProblemSpec, dtype: str, poison: bool = True) -> dict[str, Any]:
@@ -111,11 +146,11 @@ def _av_inputs(spec: ProblemSpec, dtype: str) -> dict[str, Any]:
 
 
 @each_spec
-@each_dtype
-def test_qk(spec: ProblemSpec, dtype: str) -> None:
+@each_implementation_and_dtype
+def test_qk(spec: ProblemSpec, implementation: str, dtype: str) -> None:
     inputs = _qk_inputs(spec, dtype)
     with _wide(dtype):
-        scores, vjp = jax.vjp(jax.jit(lambda inputs: _qk(spec, inputs)), inputs)
+        scores, vjp = jax.vjp(jax.jit(lambda x: _qk(spec, x, implementation)), inputs)
         # NaN where no key fills the slot: it must not matter.
         dscores = np.random.default_rng(7).standard_normal(_slots(spec))
         dscores = np.where(_empty_slots(spec), np.nan, dscores).astype(scores.dtype)
@@ -128,12 +163,12 @@ def test_qk(spec: ProblemSpec, dtype: str) -> None:
 
 
 @each_spec
-@each_dtype
-def test_av(spec: ProblemSpec, dtype: str) -> None:
+@each_implementation_and_dtype
+def test_av(spec: ProblemSpec, implementation: str, dtype: str) -> None:
     inputs = _av_inputs(spec, dtype)
     dout = make_arrays(spec, dtype, seed=1).dout
     with _wide(dtype):
-        out, vjp = jax.vjp(jax.jit(lambda inputs: _av(spec, inputs)), inputs)
+        out, vjp = jax.vjp(jax.jit(lambda x: _av(spec, x, implementation)), inputs)
         (gradients,) = vjp(dout)
     assert out.dtype == dout.dtype
     expected = _reference.av(**inputs, **_window(spec), frame=spec.frame, dout=dout)
@@ -217,3 +252,104 @@ def test_slots_are_keys_in_order(spec: ProblemSpec) -> None:
                 if len(key) == len(spec.grid):
                     expected[sample][position] = key
         np.testing.assert_allclose(out, expected, atol=1e-6, err_msg=f"slot {slot}")
+
+
+@pytest.mark.parametrize("name", ["2-D", "lengths"])
+def test_per_example_gradients(name: str) -> None:
+    """vmap of grad, also over an unmapped bias and a mapped frame, is one by one."""
+    spec = next(spec for spec in SPECS if spec.name == name)
+    arrays = make_arrays(spec, "float32", poison=False).inputs
+    mapped = {n: jnp.asarray(arrays[n]) for n in ("query", "key")}
+    bias = jnp.asarray(arrays["rel_pos_bias"])
+    static = dict(spec.static_arguments(), precision="highest")
+
+    def loss(mapped: dict[str, Any], bias: jax.Array, length: Any) -> jax.Array:
+        frame = None if length is None else jax_na.Frame(length)
+        scores = jax_na.na_qk(**mapped, rel_pos_bias=bias, frame=frame, **static)
+        return jnp.sum(jnp.where(scores == -jnp.inf, 0.0, jnp.sin(scores)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    length = None if spec.frame is None else jnp.asarray(spec.frame.length)
+    actual = jax.vmap(gradient, in_axes=(0, None, 0))(mapped, bias, length)
+    examples = [
+        gradient({n: a[i] for n, a in mapped.items()}, bias, one)
+        for i in range(spec.batch[0])
+        for one in [None if length is None else length[i]]
+    ]
+    expected = jax.tree.map(lambda *parts: jnp.stack(parts), *examples)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("function", [_qk, _av])
+def test_implementation_that_cannot_run(function: Any) -> None:
+    spec = SPECS[1]
+    inputs = (_qk_inputs if function is _qk else _av_inputs)(spec, "float32")
+    with pytest.raises(NotImplementedError, match="'fused' never holds the scores"):
+        function(spec, inputs, "fused")
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        function(spec, inputs, "fast")
+    for name in {"gemm", "naive"} - set(IMPLEMENTATIONS):
+        with pytest.raises(NotImplementedError, match=f"'{name}'.*these can: 'xla'"):
+            function(spec, inputs, name)
+
+
+# ---- Attention as a composition of products -------------------------------------------
+
+COMPOSED = (
+    "stride, dilation",
+    "causal, all",
+    "video",
+    "40, 24",
+    "empty batch",
+    "two batch axes",
+    "many additional",
+    "large scores, additional",
+    "last shard, dilation",
+    "class shorter than the window",
+    "nothing visible but additional keys",
+    "queries partly before the grid",
+)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in CHOSEN if spec.name in COMPOSED])
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_composed_attention(spec: ProblemSpec, dtype: str) -> None:
+    """'gemm', whichever implementation its products have."""
+    arrays = make_arrays(spec, dtype)
+    implementation = next(
+        name for name in reversed(IMPLEMENTATIONS) if name in ("naive", "xla")
+    )
+
+    @jax.jit
+    def evaluate(inputs: Any, dout: Any, dlse: Any) -> dict[str, jax.Array]:
+        static = spec.static_arguments()
+        problem, operands = _ops.canonical_call(
+            len(spec.grid),
+            **inputs,
+            **static,
+            frame=_frame(spec),
+            precision="highest",
+        )
+        names = {
+            name: argument
+            for name, argument in zip(operands._fields, DIFFERENTIABLE)
+            if argument in inputs
+        }
+        out, lse = _gemm.forward(operands, problem, implementation)
+        gradients = _gemm.backward(
+            operands, problem, out, lse, dout, dlse, frozenset(names), implementation
+        )
+        return {
+            "out": out,
+            "lse": lse,
+            **{
+                names[name]: array.reshape(inputs[names[name]].shape)
+                for name, array in gradients.items()
+            },
+        }
+
+    with _wide(dtype):
+        results = evaluate(arrays.inputs, arrays.dout, arrays.dlse)
+        results = jax.tree.map(np.asarray, results)
+    assert_results_close(results, arrays.oracle(), dtype, f"{spec}")

@@ -108,7 +108,7 @@ def test_choice_is_the_cheapest(axes: Any, rows_are_keys: bool) -> None:
         _tiling.plan_rows_are_keys if rows_are_keys else _tiling.plan_rows_are_queries
     )
     interval = _window.query_interval if rows_are_keys else _window.key_interval
-    chosen = plan(axes, (rows,), columns, model)
+    chosen = plan(axes, ((rows, columns),), model)
 
     def boxes(limit: int) -> list[tuple[int, ...]]:
         pairs = itertools.product(range(1, limit + 1), repeat=2)
@@ -128,9 +128,15 @@ def test_choice_is_the_cheapest(axes: Any, rows_are_keys: bool) -> None:
 def test_plans_fit_the_kernels(channels: int, element: str) -> None:
     """The limits of ``cuda/fused/variants.h``."""
     padded = next(n for n in (32, 64, 96, 128, 192, 256) if channels <= n)
-    size = np.dtype("float32" if element == "float32" else "uint16").itemsize
-    backward_rows = 64 if padded * size <= 512 else 32
-    forward_rows = backward_rows * (2 if size == 2 and padded <= 128 else 1)
+    size = 4 if element == "float32" else 2
+    few = 64 if padded * size <= 512 else 32
+    forward_rows = few * (2 if size == 2 and padded <= 128 else 1)
+    dquery_rows = few * (2 if size == 2 and 64 < padded <= 128 else 1)
+    limits = {
+        "forward": {forward_rows: few, few: few},
+        "dquery": {dquery_rows: 32, few: few},
+        "dkey": {few: few},
+    }
     for grid, kernel_size in (
         ((37,), (9,)),
         ((20, 31), (7, 5)),
@@ -149,23 +155,23 @@ def test_plans_fit_the_kernels(channels: int, element: str) -> None:
         operands = jax.eval_shape(canonical, operand)
         plan = _plan.make_plan("fused", "cuda", problem, operands)
         assert plan is not None
-        assert math.prod(plan.forward.row_tile) <= plan.forward.rows <= forward_rows
-        for tiling in (plan.dquery, plan.dkey):
-            assert math.prod(tiling.row_tile) <= tiling.rows == backward_rows
-        for tiling in (plan.forward, plan.dquery, plan.dkey):
-            assert math.prod(tiling.column_box) <= tiling.columns == backward_rows
+        for name, columns in limits.items():
+            tiling = getattr(plan, name)
+            assert math.prod(tiling.row_tile) <= tiling.rows
+            assert math.prod(tiling.column_box) <= tiling.columns
+            assert tiling.columns == columns[tiling.rows]
 
 
 def test_known_plans() -> None:
     """The least work there is for boxes of 64, found by exhaustive search elsewhere."""
     axis = _tiling.Axis(128, 33, 1, 1, False)
-    tiling = _tiling.plan_rows_are_queries((axis, axis), (64,), 64)
+    tiling = _tiling.plan_rows_are_queries((axis, axis), ((64, 64),))
     assert tiling.visited_pairs / (128 * 33) ** 2 == pytest.approx(1.47, abs=0.005)
     axes = tuple(
         _tiling.Axis(length, k, s, 1, False)
         for length, k, s in zip((30, 48, 80), (18, 24, 24), (16, 8, 8), strict=True)
     )
-    tiling = _tiling.plan_rows_are_queries(axes, (64, 128), 64)
+    tiling = _tiling.plan_rows_are_queries(axes, ((64, 64), (128, 64)))
     assert tiling.masked_boxes == 0
     assert tiling.visited_pairs == math.prod(a.length * a.kernel_size for a in axes)
 

@@ -182,6 +182,17 @@ cudaError_t run(const BackwardCall& call, const BackwardTiling& tiling, float* w
   return status;
 }
 
+bool dquery_fits(const Problem& p, const Tiling& tiling) {
+  const int dim = padded_dim(p), bytes = element_bytes(p), few = backward_rows(dim, bytes);
+  const int rows = box_size(tiling.query_tile) > few ? dquery_rows(dim, bytes) : few;
+  return fits(tiling.query_tile, rows, tiling.key_tile, dquery_columns(dim, bytes, rows));
+}
+bool dkey_fits(const Problem& p, const Tiling& tiling) {
+  const int dim = padded_dim(p), bytes = element_bytes(p);
+  return fits(tiling.key_tile, backward_rows(dim, bytes), tiling.query_tile,
+              columns_of(dim, bytes));
+}
+
 }  // namespace
 
 int64_t backward_fused_workspace(const BackwardCall& call, const BackwardTiling& tiling) {
@@ -193,9 +204,7 @@ int64_t backward_fused_workspace(const BackwardCall& call, const BackwardTiling&
 cudaError_t backward_fused(const BackwardCall& call, const BackwardTiling& tiling,
                            bool highest_precision, float* workspace, cudaStream_t stream) {
   const Problem& p = call.problem;
-  const int rows = backward_rows(padded_dim(p), element_bytes(p));
-  if (!supported(p) || !fits(p, rows, tiling.dquery.query_tile, tiling.dquery.key_tile) ||
-      !fits(p, rows, tiling.dkey_dvalue.key_tile, tiling.dkey_dvalue.query_tile) ||
+  if (!supported(p) || !dquery_fits(p, tiling.dquery) || !dkey_fits(p, tiling.dkey_dvalue) ||
       tiling.bias_splits < 1 || tiling.additional_splits < 1) {
     return cudaErrorInvalidValue;
   }

@@ -36,7 +36,7 @@ struct DKeyShape {
   static constexpr int kWarpRows = kRows / kWarps;
   static constexpr int kMTiles = kWarpRows / 16;
   static constexpr int kStages = Layout::kRowBytes <= 256 ? 2 : 1;
-  static constexpr bool kRowsHeld = Layout::kRowBytes <= 128;
+  static constexpr bool kRowsHeld = Layout::kRowBytes <= 64;
   static constexpr int kResident = Layout::kRowBytes <= 128   ? 3
                                    : Layout::kRowBytes <= 256 ? 2
                                                               : 1;
@@ -53,50 +53,59 @@ struct DKeyShape {
   };
 };
 
-// The queries of one head after the other, box by box.
+// The queries of one head after the other, box by box; where CTAs share them, a part of the
+// boxes of every head.
 struct QueryWalk {
   Walk walk;
   int32_t member, members;  // of the group
-  int32_t begin, end, at;   // boxes of a head
-  int32_t count[kMaxRank];  // of all boxes along an axis
+  int32_t at, end;          // boxes of a head
+  int32_t begin[kMaxRank];  // the walk's start
 
   template <Side kRowsAre, int kRows>
   __device__ __forceinline__ void start(const TileTables<kRows>& tables,
                                         const BackwardPlan& plan, int32_t split) {
     walk.start<kRowsAre>(tables, plan.call.problem, plan.rows, 0, 0);
-    const int32_t(&extent)[kMaxRank] = plan.columns.order.extent;
-    int32_t boxes = walk.more();
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      count[a] = max(1, (walk.length[a] + extent[a] - 1) / extent[a]);
-      boxes *= count[a];
-    }
-    begin = static_cast<int32_t>(int64_t{boxes} * split / plan.column_splits);
-    end = static_cast<int32_t>(int64_t{boxes} * (split + 1) / plan.column_splits);
     member = 0;
-    members = begin < end ? plan.group.value : 0;
-    at = begin;
-    seek(extent);
+    members = walk.more() ? plan.group.value : 0;
+    begin[0] = begin[1] = begin[2] = 0;
+    at = 0;
+    end = INT32_MAX;
+    if (plan.column_splits > 1 && members > 0) take_part(plan, split);
   }
 
   __device__ __forceinline__ bool more() const { return member < members; }
 
   __device__ __forceinline__ void advance(const int32_t (&extent)[kMaxRank]) {
-    if (++at < end) {
-      walk.advance(extent);
-    } else {
-      ++member;
-      at = begin;
-      seek(extent);
-    }
+    ++at;
+    walk.advance(extent);
+    if (at < end && walk.more()) return;
+    ++member;
+    at = 0;
+    restart();
   }
 
  private:
-  __device__ __forceinline__ void seek(const int32_t (&extent)[kMaxRank]) {
-    walk.at[2] = begin % count[2] * extent[2];
-    walk.at[1] = begin / count[2] % count[1] * extent[1];
-    walk.at[0] = begin / count[2] / count[1] * extent[0];
+  __device__ __forceinline__ void restart() {
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) walk.at[a] = begin[a];
     walk.in_list = false;
+  }
+
+  __device__ __forceinline__ void take_part(const BackwardPlan& plan, int32_t split) {
+    const int32_t(&extent)[kMaxRank] = plan.columns.order.extent;
+    int32_t count[kMaxRank], boxes = 1;
+    for (int a = 0; a < kMaxRank; ++a) {
+      count[a] = (walk.length[a] + extent[a] - 1) / extent[a];
+      boxes *= count[a];
+    }
+    const int64_t splits = plan.column_splits;
+    const int32_t first = static_cast<int32_t>(boxes * int64_t{split} / splits);
+    end = static_cast<int32_t>(boxes * (int64_t{split} + 1) / splits) - first;
+    if (end == 0) members = 0;
+    begin[2] = first % count[2] * extent[2];
+    begin[1] = first / count[2] % count[1] * extent[1];
+    begin[0] = first / count[2] / count[1] * extent[0];
+    restart();
   }
 };
 
@@ -150,31 +159,34 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   // ---- Walk over the queries -----------------------------------------------------------
   const int64_t first_query = place.batch * p.query_tokens();
   const int32_t first_head = place.key_head * plan.group.value;
+  const RowSource first_queries =
+      row_source(in.query, first_query, first_head, p.heads, p.head_dim, sizeof(T));
+  const RowSource first_douts =
+      row_source(plan.call.dout, first_query, first_head, p.heads, p.value_dim, sizeof(T));
   const auto copy_box = [&](int stage, const QueryWalk& at) {
-    const int32_t head = first_head + at.member;
+    RowSource query = first_queries, dout = first_douts;
+    query.rows += at.member * p.head_dim * int{sizeof(T)};
+    dout.rows += at.member * p.value_dim * int{sizeof(T)};
     copy_columns<Layout, kColumns, kThreads>(
-        ptx::shared_address(shared.query[stage]),
-        row_source(in.query, first_query, head, p.heads, p.head_dim, sizeof(T)),
-        shared.tables.column, at.walk.token(), at.walk.guarded_limits());
-    copy_columns<Layout, kColumns, kThreads>(
-        ptx::shared_address(shared.dout[stage]),
-        row_source(plan.call.dout, first_query, head, p.heads, p.value_dim, sizeof(T)),
-        shared.tables.column, at.walk.token(), at.walk.guarded_limits());
+        shared.tables.column, at.walk.token(), at.walk.guarded_limits(),
+        ptx::shared_address(shared.query[stage]), query,
+        ptx::shared_address(shared.dout[stage]), dout);
   };
   // lse and delta of one query of a box per thread, on their way to shared memory.
   float lse = kInfinity, delta = 0;
+  const int64_t first_row = first_query * p.heads + first_head;
   const auto read_statistics = [&](const QueryWalk& at) {
     lse = kInfinity;
     delta = 0;
     if (threadIdx.x >= kColumns) return;
     const ColumnEntry entry = shared.tables.column[threadIdx.x];
     if (!within(entry.coordinates, at.walk.guarded_limits())) return;
-    const int64_t row = first_query + at.walk.token() + entry.token;
-    const int64_t index = row * p.heads + first_head + at.member;
-    const float natural = static_cast<const float*>(plan.call.lse)[index];
+    const int64_t row =
+        first_row + at.member + int64_t{at.walk.token() + entry.token} * p.heads;
+    const float natural = static_cast<const float*>(plan.call.lse)[row];
     if (natural == -kInfinity) return;
     lse = natural * kLog2E;
-    delta = static_cast<const float*>(plan.call.delta)[index];
+    delta = static_cast<const float*>(plan.call.delta)[row];
   };
   const auto put_statistics = [&](int stage) {
     if (threadIdx.x >= kColumns) return;
@@ -220,7 +232,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     const uint32_t query_block = ptx::shared_address(shared.query[current]);
     const uint32_t dout_block = ptx::shared_address(shared.dout[current]);
 
-    const uint64_t columns = view.columns(queries.walk, plan.columns);
+    const uint64_t columns = view.columns(shared.tables, queries.walk, plan.columns);
     if (__any_sync(kFullWarp, columns != 0)) {
       Accumulator weights[kMTiles][kNTiles];
       clear(weights);
@@ -295,9 +307,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   }
 }
 
-template <typename T, int kDim, Precision kPrecision, Wanted kWanted>
-cudaError_t launch_wanted(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
-  using S = DKeyShape<T, kDim, kPrecision, kWanted>;
+template <class S>
+cudaError_t launch_dkey_shape(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
   const Problem& p = plan.call.problem;
   const int64_t ctas = p.batch * p.key_heads * plan.rows.order.size * plan.column_splits;
   const auto kernel = rows == Side::kAdditional ? &dkey_dvalue_kernel<S, Side::kAdditional, false>
@@ -309,16 +320,19 @@ cudaError_t launch_wanted(const BackwardPlan& plan, Side rows, cudaStream_t stre
 
 template <typename T, int kDim, Precision kPrecision>
 cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
+  const auto launch_shape = [&](auto wanted) {
+    using S = DKeyShape<T, kDim, kPrecision, decltype(wanted)::value>;
+    return launch_dkey_shape<S>(plan, rows, stream);
+  };
   if constexpr (kDim <= 128) {
-    return launch_wanted<T, kDim, kPrecision, Wanted::kBoth>(plan, rows, stream);
+    return launch_shape(std::integral_constant<Wanted, Wanted::kBoth>{});
   } else {
     if (plan.call.dkey != nullptr) {
-      const cudaError_t status =
-          launch_wanted<T, kDim, kPrecision, Wanted::kDKey>(plan, rows, stream);
+      const cudaError_t status = launch_shape(std::integral_constant<Wanted, Wanted::kDKey>{});
       if (status != cudaSuccess) return status;
     }
     if (plan.call.dvalue == nullptr) return cudaSuccess;
-    return launch_wanted<T, kDim, kPrecision, Wanted::kDValue>(plan, rows, stream);
+    return launch_shape(std::integral_constant<Wanted, Wanted::kDValue>{});
   }
 }
 

@@ -17,22 +17,23 @@
 
 namespace jax_na::cuda::fused {
 
-template <typename T_, int kDim_, Precision kPrecision_>
+template <typename T_, int kDim_, int kRows_, Precision kPrecision_>
 struct DQueryShape {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
   static constexpr Precision kPrecision = kPrecision_;
 
   using Layout = RowLayout<kDim * sizeof(T)>;
-  static constexpr int kRows = backward_rows(kDim, sizeof(T));
-  static constexpr int kColumns = columns_of(kDim, sizeof(T));
+  static constexpr int kRows = kRows_;
+  static constexpr int kColumns = dquery_columns(kDim, sizeof(T), kRows);
   static constexpr int kWarps = warps_of(kDim, sizeof(T));
   static constexpr int kThreads = kWarps * kWarpLanes;
   static constexpr int kWarpRows = kRows / kWarps;
   static constexpr int kMTiles = kWarpRows / 16;
   static constexpr int kStages = Layout::kRowBytes <= 256 ? 2 : 1;
   static constexpr bool kRowsHeld = kMTiles * Layout::kRowBytes <= 128;
-  static constexpr int kResident = Layout::kRowBytes <= 128   ? 3
+  static constexpr int kResident = kMTiles == 2               ? 2
+                                   : Layout::kRowBytes <= 128 ? 3
                                    : Layout::kRowBytes <= 256 ? 2
                                                               : 1;
 
@@ -142,10 +143,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     // ---- Walk over the keys ------------------------------------------------------------
     KeyStream<Layout, kColumns, kThreads, sizeof(T)> stream(p, in, place, shared.tables);
     stream.follow(walk, p, in, place, shared.tables);
-    if (kStages == 2 && walk.more()) {
-      stream.copy_keys(shared.key[0], walk);
-      stream.copy_values(shared.value[0], walk);
-    }
+    if (kStages == 2 && walk.more()) stream.copy_both(shared.key[0], shared.value[0], walk);
     ptx::copy_async_commit();
     RowOperand<Layout, kMTiles, S::kRowsHeld> query(ptx::shared_address(shared.query), warp_row);
     RowOperand<Layout, kMTiles, S::kRowsHeld> dout(ptx::shared_address(shared.dout), warp_row);
@@ -164,8 +162,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       if constexpr (kStages == 1) {
         __syncthreads();
         stream.follow(walk, p, in, place, shared.tables);
-        stream.copy_keys(shared.key[0], walk);
-        stream.copy_values(shared.value[0], walk);
+        stream.copy_both(shared.key[0], shared.value[0], walk);
         ptx::copy_async_commit();
       }
       // The box at hand has arrived, and all warps are done with what the copies overwrite.
@@ -174,8 +171,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       if constexpr (kStages == 2) {
         stream.follow(next, p, in, place, shared.tables);
         if (next.more()) {
-          stream.copy_keys(shared.key[1 - current], next);
-          stream.copy_values(shared.value[1 - current], next);
+          stream.copy_both(shared.key[1 - current], shared.value[1 - current], next);
         }
         ptx::copy_async_commit();
       }
@@ -183,7 +179,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       const uint32_t value_block = ptx::shared_address(shared.value[current]);
 
       const bool with_bias = kHasBias && !walk.in_list;
-      const uint64_t columns = view.columns(walk, plan.columns);
+      const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
       if (__any_sync(kFullWarp, columns != 0)) {
         Accumulator scores[kMTiles][kColumns / 8], dscores[kMTiles][kColumns / 8];
         clear(scores);
@@ -244,9 +240,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   if constexpr (kHasBias) gradient.finish<kThreads>();
 }
 
-template <typename T, int kDim, Precision kPrecision>
-cudaError_t launch_dquery(const BackwardPlan& plan, cudaStream_t stream) {
-  using S = DQueryShape<T, kDim, kPrecision>;
+template <class S>
+cudaError_t launch_dquery_shape(const BackwardPlan& plan, cudaStream_t stream) {
   const Problem& p = plan.call.problem;
   const int64_t tiles = p.batch * p.heads * plan.rows.order.size;
   if (plan.call.in.bias == nullptr) {
@@ -257,6 +252,17 @@ cudaError_t launch_dquery(const BackwardPlan& plan, cudaStream_t stream) {
   return launch(&dquery_kernel<S, true>, plan.call.dbias == nullptr ? tiles : shares,
                 S::kThreads, sizeof(typename S::SharedWithBias) + 2 * shared_bias_bytes(p), plan,
                 stream);
+}
+
+template <typename T, int kDim, Precision kPrecision>
+cudaError_t launch_dquery(const BackwardPlan& plan, cudaStream_t stream) {
+  constexpr int kFew = backward_rows(kDim, sizeof(T)), kMany = dquery_rows(kDim, sizeof(T));
+  if constexpr (kMany > kFew) {
+    if (plan.rows.tile.size > kFew) {
+      return launch_dquery_shape<DQueryShape<T, kDim, kMany, kPrecision>>(plan, stream);
+    }
+  }
+  return launch_dquery_shape<DQueryShape<T, kDim, kFew, kPrecision>>(plan, stream);
 }
 
 }  // namespace jax_na::cuda::fused

@@ -40,8 +40,9 @@ cudaError_t forward_fused(const ForwardCall& call, const Tiling& tiling, bool hi
                           cudaStream_t stream) {
   const Problem& p = call.problem;
   if (p.batch == 0 || p.query_tokens() == 0 || p.heads == 0) return cudaSuccess;
-  if (!supported(p) || !fits(p, forward_rows(padded_dim(p), element_bytes(p)),
-                             tiling.query_tile, tiling.key_tile)) {
+  const int dim = padded_dim(p), bytes = element_bytes(p);
+  if (!supported(p) || !fits(tiling.query_tile, forward_rows(dim, bytes), tiling.key_tile,
+                             columns_of(dim, bytes))) {
     return cudaErrorInvalidValue;
   }
   const ForwardPlan plan{call, TileGrid(p.query_grid, p.window, tiling.query_tile),

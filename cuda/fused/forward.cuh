@@ -91,8 +91,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   KeyStream<Layout, kColumns, kThreads, sizeof(T)> stream(p, in, place, shared.tables);
   stream.follow(walk, p, in, place, shared.tables);
   if (walk.more()) {
-    stream.copy_keys(shared.key[0], walk);
-    if constexpr (kStages == 2) stream.copy_values(shared.value[0], walk);
+    if constexpr (kStages == 2) {
+      stream.copy_both(shared.key[0], shared.value[0], walk);
+    } else {
+      stream.copy_keys(shared.key[0], walk);
+    }
   }
   ptx::copy_async_commit();
 
@@ -122,13 +125,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     stream.follow(next, p, in, place, shared.tables);
     if constexpr (kStages == 2) {
       if (next.more()) {
-        stream.copy_keys(shared.key[1 - current], next);
-        stream.copy_values(shared.value[1 - current], next);
+        stream.copy_both(shared.key[1 - current], shared.value[1 - current], next);
       }
       ptx::copy_async_commit();
     }
 
-    const uint64_t columns = view.columns(walk, plan.columns);
+    const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
     const bool visible = __any_sync(kFullWarp, columns != 0);
     if (visible) {
       clear(scores);

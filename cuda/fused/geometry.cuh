@@ -196,7 +196,7 @@ struct Sides {
 
 // A column as the copies see it: its token less that of the box's first column, and its
 // coordinates in fields of 9 bits, of which the highest stays free.
-struct ColumnEntry {
+struct alignas(8) ColumnEntry {
   int32_t token;
   uint32_t coordinates;
 };
@@ -265,7 +265,7 @@ __device__ __forceinline__ void fill_tables(TileTables<kRows>* tables, const Pro
     }
     const bool exists = column < box.order.size;
     tables->column[column] = {token, exists ? pack_fields(at[0], at[1], at[2]) : kNoColumn};
-    tables->additional[column] = {column, pack_fields(0, 0, column)};
+    if (p.additional > 0) tables->additional[column] = {column, pack_fields(0, 0, column)};
   }
 }
 
@@ -294,6 +294,7 @@ struct Walk {
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       int32_t low = kNoLo, high = kNoHi, inside = 0;
+#pragma unroll 1
       for (int i = lane; i < grid.tile.extent[a]; i += kWarpLanes) {
         const Interval& interval = tables.interval[begin + i];
         low = min(low, interval.lo);
@@ -352,46 +353,45 @@ struct Walk {
   }
 };
 
-// The columns that one row sees of the box at hand.
+// The columns that one row sees of the box at hand. The set of an axis changes only when the
+// walk has moved along it.
 struct RowView {
-  const Interval* interval[kMaxRank];
-  bool sees_list;
-  Interval along;    // the fastest axis, kept at hand
-  uint64_t outer;    // the columns that the other axes allow
-  int32_t outer_at[2];
+  int32_t interval[kMaxRank];  // of the row's coordinates, in the tables
+  bool sees_grid, sees_list;
+  uint64_t set[kMaxRank];
+  int32_t at[kMaxRank];  // where the walk was then
 
   template <int kRows>
   __device__ __forceinline__ void start(const TileTables<kRows>& tables, const TileGrid& grid,
                                         int row) {
-    int32_t at[kMaxRank];
-    grid.tile.point(row, at);
-    const bool exists = tables.row_token[row] != kNoToken;
-    interval[0] = &tables.interval[exists ? at[0] : 0];
-    interval[1] = &tables.interval[exists ? grid.tile.extent[0] + at[1] : 0];
-    interval[2] =
-        &tables.interval[exists ? grid.tile.extent[0] + grid.tile.extent[1] + at[2] : 0];
-    sees_list =
-        exists && interval[0]->in_grid && interval[1]->in_grid && interval[2]->in_grid;
-    along = *interval[2];
-    if (!exists) along = {kNoLo, kNoHi, false};
-    outer_at[0] = -1;
-    outer_at[1] = -1;
-    outer = 0;
+    int32_t point[kMaxRank];
+    grid.tile.point(row, point);
+    sees_grid = tables.row_token[row] != kNoToken;
+    sees_list = sees_grid;
+    int32_t begin = 0;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      interval[a] = sees_grid ? begin + point[a] : 0;
+      begin += grid.tile.extent[a];
+      sees_list = sees_list && tables.interval[interval[a]].in_grid;
+      set[a] = 0;
+      at[a] = -1;
+    }
   }
 
-  __device__ __forceinline__ uint64_t columns(const Walk& walk, const ColumnBox& box) {
+  template <int kRows>
+  __device__ __forceinline__ uint64_t columns(const TileTables<kRows>& tables, const Walk& walk,
+                                              const ColumnBox& box) {
     if (walk.in_list) return sees_list ? leading_columns(walk.additional - walk.list_at) : 0;
-    if (walk.at[0] != outer_at[0] || walk.at[1] != outer_at[1]) {
-      outer = ~uint64_t{0};
 #pragma unroll
-      for (int a = 0; a < 2; ++a) {
-        outer_at[a] = walk.at[a];
-        const int32_t start = walk.lo[a] + walk.at[a];
-        outer &= box.columns(a, interval[a]->lo - start, interval[a]->hi - start);
-      }
+    for (int a = 0; a < kMaxRank; ++a) {
+      if (walk.at[a] == at[a]) continue;
+      at[a] = walk.at[a];
+      const int32_t start = walk.lo[a] + walk.at[a];
+      const Interval& seen = tables.interval[interval[a]];
+      set[a] = sees_grid ? box.columns(a, seen.lo - start, seen.hi - start) : 0;
     }
-    const int32_t start = walk.lo[2] + walk.at[2];
-    return outer & box.columns(2, along.lo - start, along.hi - start);
+    return set[0] & set[1] & set[2];
   }
 };
 

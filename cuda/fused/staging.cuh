@@ -83,20 +83,26 @@ __device__ __forceinline__ void copy_row(uint32_t to, const RowSource& source, i
   }
 }
 
-// Starts to copy the columns of the box at hand; columns that do not exist become zeros.
+// Starts to copy the columns of the box at hand from one array or from two of the same tokens;
+// columns that do not exist become zeros.
 template <class Layout, int kColumns, int kThreads>
-__device__ __forceinline__ void copy_columns(uint32_t block, const RowSource& source,
-                                             const ColumnEntry* entries, int32_t token,
-                                             uint32_t guarded_limits) {
+__device__ __forceinline__ void copy_columns(const ColumnEntry* entries, int32_t token,
+                                             uint32_t guarded_limits, uint32_t block,
+                                             const RowSource& source, uint32_t other_block = 0,
+                                             const RowSource& other = {nullptr, 0, 0}) {
   using Share = CopyShare<Layout, kThreads>;
   const Share share;
-  const uint32_t to = block + Layout::offset(share.row, share.chunk);
+  const uint32_t to = Layout::offset(share.row, share.chunk);
 #pragma unroll
   for (int pass = 0; pass < kColumns / Share::kRowsPerPass; ++pass) {
     const int row = pass * Share::kRowsPerPass;
     const ColumnEntry entry = entries[share.row + row];
-    copy_row<Layout, kThreads>(to + row * Layout::kRowBytes, source, token + entry.token,
-                               share.chunk, within(entry.coordinates, guarded_limits));
+    const bool exists = within(entry.coordinates, guarded_limits);
+    const uint32_t at = to + row * Layout::kRowBytes;
+    copy_row<Layout, kThreads>(block + at, source, token + entry.token, share.chunk, exists);
+    if (other.rows == nullptr) continue;
+    copy_row<Layout, kThreads>(other_block + at, other, token + entry.token, share.chunk,
+                               exists);
   }
 }
 

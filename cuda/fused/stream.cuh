@@ -65,12 +65,18 @@ struct KeyStream {
   }
 
   __device__ __forceinline__ void copy_keys(uint8_t* block, const Walk& walk) const {
-    copy_columns<Layout, kColumns, kThreads>(ptx::shared_address(block), key, entries, walk.token(),
-                                   walk.guarded_limits());
+    copy_columns<Layout, kColumns, kThreads>(entries, walk.token(), walk.guarded_limits(),
+                                             ptx::shared_address(block), key);
   }
   __device__ __forceinline__ void copy_values(uint8_t* block, const Walk& walk) const {
-    copy_columns<Layout, kColumns, kThreads>(ptx::shared_address(block), value, entries, walk.token(),
-                                   walk.guarded_limits());
+    copy_columns<Layout, kColumns, kThreads>(entries, walk.token(), walk.guarded_limits(),
+                                             ptx::shared_address(block), value);
+  }
+  __device__ __forceinline__ void copy_both(uint8_t* keys, uint8_t* values,
+                                            const Walk& walk) const {
+    copy_columns<Layout, kColumns, kThreads>(entries, walk.token(), walk.guarded_limits(),
+                                             ptx::shared_address(keys), key,
+                                             ptx::shared_address(values), value);
   }
 };
 

@@ -17,27 +17,35 @@ inline int32_t padded_dim(const Problem& p) {
   return 0;
 }
 
-// A warp has 16 rows, or 32 in the forward kernels of 128. Rows of more than 512 bytes leave
-// shared memory for half a tile either way.
+// A warp has 16 rows or, in the kernels of 128 rows, 32: these read half as much shared memory
+// for a product, where their sums fit the registers. Rows of more than 512 bytes leave shared
+// memory for half a tile either way.
 constexpr int warps_of(int padded_dim, int element_bytes) {
   return padded_dim * element_bytes <= 512 ? 4 : 2;
 }
 
-// The tokens that are visited at once, at most.
+// The tokens that are visited at once, at most, by kernels of 16 rows per warp.
 constexpr int columns_of(int padded_dim, int element_bytes) {
   return padded_dim * element_bytes <= 512 ? 64 : 32;
 }
 
-// The tokens that a CTA of the backward pass owns, at most.
+// The tokens that a CTA owns, at most, with 16 rows per warp.
 constexpr int backward_rows(int padded_dim, int element_bytes) {
   return 16 * warps_of(padded_dim, element_bytes);
 }
 
-// The queries that a CTA of the forward pass owns, at most: as many or, where the sums of twice
-// as many fit the registers, these.
+// With 32 rows per warp, where there is such a kernel, and what it visits at once.
 constexpr int forward_rows(int padded_dim, int element_bytes) {
   return backward_rows(padded_dim, element_bytes) *
          (element_bytes == 2 && padded_dim <= 128 ? 2 : 1);
+}
+constexpr int dquery_rows(int padded_dim, int element_bytes) {
+  return backward_rows(padded_dim, element_bytes) *
+         (element_bytes == 2 && padded_dim > 64 && padded_dim <= 128 ? 2 : 1);
+}
+constexpr int dquery_columns(int padded_dim, int element_bytes, int rows) {
+  return rows > backward_rows(padded_dim, element_bytes) ? 32
+                                                         : columns_of(padded_dim, element_bytes);
 }
 
 inline int64_t box_size(const int32_t (&box)[kMaxRank]) {
@@ -56,11 +64,11 @@ inline bool supported(const Problem& p) {
          p.bias_size() < INT32_MAX;
 }
 
-// Whether a kernel can own the one box and visit the other.
-inline bool fits(const Problem& p, int rows, const int32_t (&owned)[kMaxRank],
-                 const int32_t (&visited)[kMaxRank]) {
+// Whether a kernel of so many rows can own the one box and, of so many columns, visit the other.
+inline bool fits(const int32_t (&owned)[kMaxRank], int rows, const int32_t (&visited)[kMaxRank],
+                 int columns) {
   return box_size(owned) >= 1 && box_size(owned) <= rows && box_size(visited) >= 1 &&
-         box_size(visited) <= columns_of(padded_dim(p), element_bytes(p));
+         box_size(visited) <= columns;
 }
 
 }  // namespace jax_na::cuda::fused

@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
                                     place.key_head, p.key_heads, p.head_dim, sizeof(T));
   const auto copy_box = [&](int stage, const Walk& at) {
     if (at.more()) {
-      copy_columns<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[stage]), keys,
-                                               shared.tables.column, at.token(),
-                                               at.guarded_limits());
+      copy_columns<Layout, kColumns, kThreads>(shared.tables.column, at.token(),
+                                               at.guarded_limits(),
+                                               ptx::shared_address(shared.key[stage]), keys);
     }
     ptx::copy_async_commit();
   };
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   for (int current = 0; walk.more(); current = 1 - current) {
     Walk next = walk;
     next.advance(plan.columns.order.extent);
-    const uint64_t columns = view.columns(walk, plan.columns);
+    const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
     const bool visible = __any_sync(kFullWarp, columns != 0);
     WeightTile<S> tile;
     if (visible) {

@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
                                     place.key_head, p.key_heads, p.head_dim, sizeof(T));
   const auto copy_box = [&](int stage, const Walk& at) {
     if (at.more()) {
-      copy_columns<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[stage]), keys,
-                                               shared.tables.column, at.token(),
-                                               at.guarded_limits());
+      copy_columns<Layout, kColumns, kThreads>(shared.tables.column, at.token(),
+                                               at.guarded_limits(),
+                                               ptx::shared_address(shared.key[stage]), keys);
     }
     ptx::copy_async_commit();
   };
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     ptx::copy_async_wait<0>();
     __syncthreads();
     if constexpr (kStages == 2) copy_box(1 - current, next);
-    const uint64_t columns = view.columns(walk, plan.columns);
+    const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
     const bool visible = __any_sync(kFullWarp, columns != 0);
     Accumulator product[1][kColumns / 8];
     if (visible) {

@@ -99,10 +99,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     if (at.more()) {
       const int32_t head = place.key_head * plan.group.value + at.member;
       copy_columns<Layout, kColumns, kThreads>(
+          shared.tables.column, at.walk.token(), at.walk.guarded_limits(),
           ptx::shared_address(shared.query[stage]),
           row_source(plan.call.queries, place.batch * p.query_tokens(), head, p.heads,
-                     p.head_dim, sizeof(T)),
-          shared.tables.column, at.walk.token(), at.walk.guarded_limits());
+                     p.head_dim, sizeof(T)));
       if (threadIdx.x < kColumns) {
         shared.column[stage][threadIdx.x] =
             query_part(plan, at, shared.frame, place, shared.tables.origin,
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     ptx::copy_async_wait<0>();
     __syncthreads();
     bring_box(1 - current, next);
-    const uint64_t columns = view.columns(queries.walk, plan.columns);
+    const uint64_t columns = view.columns(shared.tables, queries.walk, plan.columns);
     if (__any_sync(kFullWarp, columns != 0)) {
       // Eight neighbouring rows at a time, which are neighbouring slots as long as the tile has
       // them on its last axis.
