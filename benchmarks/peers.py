@@ -57,7 +57,12 @@ def gather(grid: Sequence[int], **window: Any) -> Attention:
     Args:
         grid: lengths of the grid's axes.
         **window: ``kernel_size`` and optionally ``stride`` and ``dilation``.
+
+    Raises:
+        NotImplementedError: the window is causal, so that windows differ in length.
     """
+    if any(np.atleast_1d(window.pop("is_causal", False))):
+        raise NotImplementedError("the gather formulation takes no causal windows")
     indices = _window_indices(grid, **window)
 
     def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -60,13 +60,14 @@ def _flex_attention(case: cases.Case, calls: int) -> tuple[float, float]:
 
     def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
         del batch, head
-        seen = query >= 0
+        seen = query >= 0  # not in place below: PyTorch maps this function over indices
         for axis in reversed(range(len(case.shape))):
             length, dilation = case.shape[axis], case.dilation[axis]
             residue, lo, hi = (part[query % length] for part in intervals[axis])
             index = key % length
             position = index // dilation
-            seen &= (index % dilation == residue) & (position >= lo) & (position < hi)
+            inside = (position >= lo) & (position < hi)
+            seen = seen & (index % dilation == residue) & inside
             query, key = query // length, key // length
         return seen
 
