@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cases
@@ -90,43 +90,36 @@ JAX_CONTENDERS: dict[str, Callable[[cases.Case], Attention]] = {
 }
 
 
-def contenders(case: cases.Case, calls: int) -> dict[str, Callable[[], Any]]:
-    """What to measure, by name: functions that return (forward, backward) times."""
-    measures: dict[str, Callable[[], Any]] = {
-        name: functools.partial(_measure_jax, make, case, calls)
+#: What to measure, by name. PyTorch comes last: JAX's profiler sees nothing after it.
+CONTENDERS: dict[str, Callable[[cases.Case, int], tuple[float, float]]] = {
+    **{
+        name: functools.partial(_measure_jax, make)
         for name, make in JAX_CONTENDERS.items()
-    }
-    measures |= {
-        name: functools.partial(measure, case, calls)
-        for name, measure in torch_peers.PEERS.items()
-    }
-    return measures
+    },
+    **torch_peers.PEERS,
+}
 
 
-def measure(case: cases.Case, wanted: Sequence[str], calls: int) -> list[Measurement]:
-    results = []
-    for name, run in contenders(case, calls).items():
-        if wanted and name not in wanted:
-            continue
+def measure(
+    name: str, problems: Sequence[cases.Case], calls: int
+) -> Iterator[Measurement]:
+    for case in problems:
         try:
-            forward, backward = run()
+            forward, backward = CONTENDERS[name](case, calls)
         except Exception as error:
             # A contender that lacks memory or support must not end the comparison.
             refusal = f"{type(error).__name__}: {error}".splitlines()[0]
-            results.append(Measurement(case.name, name, refusal=refusal))
+            yield Measurement(case.name, name, refusal=refusal)
             continue
-        results.append(
-            Measurement(
-                case.name,
-                name,
-                forward,
-                backward,
-                case.flops(backward=False) / forward / 1e9,
-                case.flops(backward=True) / backward / 1e9,
-                _visited_over_useful(case) if name == "jax_na fused" else None,
-            )
+        yield Measurement(
+            case.name,
+            name,
+            forward,
+            backward,
+            case.flops(backward=False) / forward / 1e9,
+            case.flops(backward=True) / backward / 1e9,
+            _visited_over_useful(case) if name == "jax_na fused" else None,
         )
-    return results
 
 
 def _visited_over_useful(case: cases.Case) -> float | None:
@@ -164,18 +157,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default=here / "cases.json", help="JSON list")
     parser.add_argument("--only", nargs="*", default=[], help="names of cases")
-    parser.add_argument("--contenders", nargs="*", default=[], help="default: all")
+    parser.add_argument(
+        "--contenders", nargs="*", choices=list(CONTENDERS), help="default: all"
+    )
     parser.add_argument("--calls", type=int, default=20, help="timed calls each")
     parser.add_argument("--output", type=pathlib.Path, help="folder for results")
     args = parser.parse_args()
 
-    results = []
-    for case in cases.load(args.cases):
-        if args.only and case.name not in args.only:
-            continue
-        measured = measure(case, args.contenders, args.calls)
-        results += measured
-        print(table(measured), flush=True)
+    problems = [
+        case
+        for case in cases.load(args.cases)
+        if not args.only or case.name in args.only
+    ]
+    results: list[Measurement] = []
+    for name in args.contenders or CONTENDERS:
+        results += measure(name, problems, args.calls)
+        print(f"measured {name}", flush=True)
+    print(table(results))
     if args.output is not None:
         import charts
 

@@ -49,6 +49,8 @@ def _flex_attention(case: cases.Case, calls: int) -> tuple[float, float]:
 
     from jax_na import _window
 
+    # The backward pass is called many times for one forward pass.
+    torch._functorch.config.donated_buffer = False
     # Per axis and query: the residue class and the interval of visible keys.
     intervals = []
     for axis, length in enumerate(case.shape):
