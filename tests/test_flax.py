@@ -72,6 +72,11 @@ def assert_trees_equal(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+def _names(value):
+    """Test names that are the same in every process; functions print their address."""
+    return ",".join(value) or "default" if isinstance(value, dict) else str(value)
+
+
 # ---- Against Flax's own attention ----------------------------------------------------
 
 
@@ -86,7 +91,7 @@ def assert_trees_equal(actual, expected):
         ((2, 3, 4), {"out_kernel_init": nnx.initializers.ones}),
         ((2, 3, 4), {"bias_init": nnx.initializers.ones}),
     ],
-    ids=str,
+    ids=_names,
 )
 def test_nnx_equals_flax_attention_when_the_window_is_the_grid(grid, options):
     flax_layer = nnx.MultiHeadAttention(
@@ -115,7 +120,7 @@ def test_nnx_equals_flax_attention_when_the_window_is_the_grid(grid, options):
         ((4, 5), {"use_bias": False, "normalize_qk": True}),
         ((2, 3, 4), {"qkv_features": 8}),
     ],
-    ids=str,
+    ids=_names,
 )
 def test_linen_equals_flax_attention_when_the_window_is_the_grid(grid, options):
     inputs = random(0, 2, *grid, FEATURES)
