@@ -35,7 +35,7 @@ HEADS, HEAD_DIM = 4, 32
 IMPLEMENTATIONS = ("fused", "naive", "xla")
 PASSES = ("forward", "forward+backward")
 SIDES = (64, 128, 256, 512)  # of square grids, for the growth of the cost
-SAMPLE_SECONDS = 0.02  # a sample repeats a faster call until it lasts this long
+SAMPLE_SECONDS = 0.1  # a sample repeats a faster call until it lasts this long
 
 Attention = peers.Attention
 Run = Callable[[], Any]
@@ -97,6 +97,7 @@ def medians(runs: Mapping[Any, Run], rounds: int) -> dict[Any, float]:
     samples: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            jax.block_until_ready(run())  # its data back into the caches
             samples[name].append(_seconds(run, calls[name]))
     return {name: statistics.median(times) for name, times in samples.items()}
 

@@ -627,9 +627,30 @@ def test_partially_manual(
             check_vma=check_vma,
         )
     results, text = _run(functools.partial(_with_gradients, function), mesh, placed)
-    if automatic == "heads":  # the sum of the bias's gradient over the batch
+    if automatic == "heads" and not _partially_manual_gathers(mesh):
+        # the sum of the bias's gradient over the batch
         assert set(collectives(text)) == {"all-reduce"}
     _assert_close(results, _on_one_device(_with_gradients, arrays))
+
+
+def _partially_manual_gathers(mesh: Any) -> bool:
+    """Whether this JAX gathers even for a cosine what a manual axis leaves sharded.
+
+    JAX 0.10 does under explicit axes: it declares every other axis of the operands and
+    results of a partially manual region replicated.
+    """
+    array = jax.device_put(
+        jnp.ones((BATCH, HEADS)), NamedSharding(mesh, P("data", "model"))
+    )
+    with _in_mesh(mesh):
+        cosine = jax.shard_map(
+            jnp.cos,
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P("data"),
+            axis_names={"data"},
+        )
+    return "all-gather" in collectives(_run(cosine, mesh, array)[1])
 
 
 # ---- The unfused halves --------------------------------------------------------------
