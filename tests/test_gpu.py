@@ -1,0 +1,126 @@
+"""What only a GPU can show: captured kernels, copies around them, failing launches."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import implementations, platform
+from programs import custom_calls
+
+import jax_na
+from jax_na import _lowering
+
+pytestmark = pytest.mark.skipif(platform() != "cuda", reason="needs an NVIDIA GPU")
+
+each_kernel = pytest.mark.parametrize(
+    "implementation", [name for name in implementations() if name != "xla"]
+)
+GRID, HEADS, CHANNELS = (12, 10), 4, 32
+
+
+def _tokens(seed: int) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shape = (2, *GRID, HEADS, CHANNELS)
+    return [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+
+
+def _step(implementation: str) -> Any:
+    def loss(*arrays: jax.Array) -> jax.Array:
+        out = jax_na.na2d(*arrays, 5, implementation=implementation)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))
+
+
+def _print_steps(implementation: str) -> None:
+    """The steps of three batches, in arrays at three addresses, as hexadecimal bytes."""
+    step = jax.jit(_step(implementation))
+    batches = [_tokens(seed) for seed in range(3)]
+    for _ in range(2):  # captured, and played again
+        for batch in batches:
+            for leaf in jax.tree.leaves(step(*batch)):
+                print(np.asarray(leaf).tobytes().hex())
+
+
+@each_kernel
+def test_captured_in_graphs(implementation: str) -> None:
+    """Kernels played from CUDA graphs write the same bits as those launched one by one."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
+    outputs = []
+    for commands in ("", "FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"):
+        outputs.append(
+            subprocess.run(
+                [sys.executable, __file__, implementation],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                    "XLA_FLAGS": flags + commands,
+                },
+                check=True,
+                stdout=subprocess.PIPE,
+            ).stdout
+        )
+    launched, captured = outputs
+    assert len(launched.split()) == 24
+    assert launched == captured
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [name for name in implementations() if name not in ("xla", "gemm")],
+)
+def test_no_copies_around_the_kernel(implementation: str) -> None:
+    """Projections, attention and the way back, as a transformer block has them."""
+
+    def block(tokens: jax.Array, qkv: jax.Array, back: jax.Array) -> jax.Array:
+        heads = jnp.einsum("...c,csnd->s...nd", tokens, qkv)
+        out = jax_na.na2d(*heads, 5, implementation=implementation)
+        return jnp.einsum("...nd,ndc->...c", out, back)
+
+    width = HEADS * CHANNELS
+    shapes = ((2, *GRID, width), (width, 3, HEADS, CHANNELS), (HEADS, CHANNELS, width))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    text = jax.jit(block).lower(*arrays).compile().as_text()
+    assert custom_calls(text)
+    entry = text[text.index("ENTRY") :]
+    moved = re.findall(r"= (\S+) (?:copy|transpose)\(", entry)
+    tokens = 2 * GRID[0] * GRID[1] * width
+    sizes = [np.prod([int(n) for n in re.findall(r"\d+", s)[1:]]) for s in moved]
+    assert all(size < tokens for size in sizes), moved
+
+
+def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raises what CUDA says; the process and its device live on."""
+    make_plan = _lowering.make_plan
+
+    def too_large(*arguments: Any) -> Any:
+        plan = make_plan(*arguments)
+        assert plan is not None
+        boxes = dataclasses.replace(plan.forward, row_tile=(12, 100))
+        return dataclasses.replace(plan, forward=boxes)
+
+    arrays = _tokens(0)
+
+    def attend(*arrays: jax.Array) -> jax.Array:
+        return jax_na.na2d(*arrays, 5, implementation="fused")
+
+    expected = np.asarray(jax.jit(lambda *a: attend(*a))(*arrays), np.float32)
+    monkeypatch.setattr(_lowering, "make_plan", too_large)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="cudaErrorInvalidValue"):
+        jax.block_until_ready(jax.jit(lambda *a: attend(*a) + 0)(*arrays))
+    monkeypatch.undo()
+    again = np.asarray(jax.jit(lambda *a: attend(*a) + 0)(*arrays), np.float32)
+    np.testing.assert_array_equal(again, expected)
+
+
+if __name__ == "__main__":
+    _print_steps(sys.argv[1])
