@@ -21,9 +21,7 @@ from jax_na import _lowering
 
 pytestmark = pytest.mark.skipif(platform() != "cuda", reason="needs an NVIDIA GPU")
 
-each_kernel = pytest.mark.parametrize(
-    "implementation", [name for name in implementations() if name != "xla"]
-)
+KERNELS = tuple(name for name in implementations() if name != "xla")
 GRID, HEADS, CHANNELS = (12, 10), 4, 32
 
 
@@ -51,33 +49,32 @@ def _print_steps(implementation: str) -> None:
                 print(np.asarray(leaf).tobytes().hex())
 
 
-@each_kernel
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_captured_in_graphs(implementation: str) -> None:
     """Kernels played from CUDA graphs write the same bits as those launched one by one."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     outputs = []
     for commands in ("", "FUSION,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"):
-        outputs.append(
-            subprocess.run(
-                [sys.executable, __file__, implementation],
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(sys.path),
-                    "XLA_FLAGS": flags + commands,
-                },
-                check=True,
-                stdout=subprocess.PIPE,
-            ).stdout
+        environment = {
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_FLAGS": flags + commands,
+        }
+        result = subprocess.run(
+            [sys.executable, __file__, implementation],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
     launched, captured = outputs
     assert len(launched.split()) == 24
     assert launched == captured
 
 
-@pytest.mark.parametrize(
-    "implementation",
-    [name for name in implementations() if name not in ("xla", "gemm")],
-)
+# 'gemm' is several calls, with portable code between them.
+@pytest.mark.parametrize("implementation", [n for n in KERNELS if n != "gemm"])
 def test_no_copies_around_the_kernel(implementation: str) -> None:
     """Projections, attention and the way back, as a transformer block has them."""
 
@@ -110,16 +107,17 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     arrays = _tokens(0)
 
-    def attend(*arrays: jax.Array) -> jax.Array:
-        return jax_na.na2d(*arrays, 5, implementation="fused")
+    def attend() -> np.ndarray:
+        """Lowered anew by every call."""
+        function = jax.jit(lambda *a: jax_na.na2d(*a, 5, implementation="fused"))
+        return np.asarray(function(*arrays))
 
-    expected = np.asarray(jax.jit(lambda *a: attend(*a))(*arrays), np.float32)
+    expected = attend()
     monkeypatch.setattr(_lowering, "make_plan", too_large)
     with pytest.raises(jax.errors.JaxRuntimeError, match="cudaErrorInvalidValue"):
-        jax.block_until_ready(jax.jit(lambda *a: attend(*a) + 0)(*arrays))
+        attend()
     monkeypatch.undo()
-    again = np.asarray(jax.jit(lambda *a: attend(*a) + 0)(*arrays), np.float32)
-    np.testing.assert_array_equal(again, expected)
+    np.testing.assert_array_equal(attend(), expected)
 
 
 if __name__ == "__main__":

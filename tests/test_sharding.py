@@ -633,6 +633,7 @@ def test_partially_manual(
     _assert_close(results, _on_one_device(_with_gradients, arrays))
 
 
+@functools.cache
 def _partially_manual_gathers(mesh: Any) -> bool:
     """Whether this JAX gathers even for a cosine what a manual axis leaves sharded.
 
