@@ -15,17 +15,22 @@ around the attention kernels take.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import layouts
+import numpy as np
 import optax
 from flax import nnx
 
@@ -88,15 +93,15 @@ def default_cases(platform: str) -> list[Case]:
             Case("dinat_mini", 112, 2, "float32"),
             Case("nat_mini", 256, 1, "float32", dense=True),
         ]
-    dtypes = ("float32", "bfloat16")
+    dtypes = ("bfloat16", "float32")
     classifiers = [
-        Case(model, 224, 128, dtype) for dtype in dtypes for model in _CLASSIFIERS
+        Case(model, 224, 64, dtype) for model in _CLASSIFIERS for dtype in dtypes
     ]
     pyramids = [
         Case(model, size, batch, dtype, dense=True)
-        for dtype in dtypes
         for model in _PYRAMIDS
-        for size, batch in ((512, 16), (1024, 4))
+        for size, batch in ((512, 8), (1024, 2))
+        for dtype in dtypes
     ]
     return [*classifiers, *pyramids]
 
@@ -113,15 +118,35 @@ def with_implementation(model: nnx.Module, name: str) -> nnx.Module:
 
 
 def make_model(case: Case) -> nnx.Module:
+    """A model with random numbers of about unit gain in place of its initial weights.
+
+    To run every initialiser on a GPU takes longer than what is measured here.
+    """
     make = models.Backbone if case.dense else models.Classifier
     dtype = jnp.dtype(case.dtype)
-    return make(case.model, rngs=nnx.Rngs(0), keep_rngs=False, dtype=dtype)
+    graph, shapes = nnx.split(
+        nnx.eval_shape(
+            lambda: make(case.model, rngs=nnx.Rngs(0), keep_rngs=False, dtype=dtype)
+        )
+    )
+    generator = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        gain = math.sqrt(leaf.shape[-1] / math.prod(leaf.shape))
+        numbers = generator.standard_normal(leaf.shape, np.float32) * np.float32(gain)
+        return jnp.asarray(numbers, leaf.dtype)
+
+    return nnx.merge(graph, jax.tree.map(draw, shapes))
 
 
-def compiled(
-    case: Case, model: nnx.Module, kind: str, options: dict[str, Any] | None = None
-) -> tuple[Any, Run]:
-    """The executable of a pass, and a function that calls it once more."""
+class Program(NamedTuple):
+    """A pass of a model, lowered; ``start`` makes a call of it from the executable."""
+
+    lowered: Any
+    start: Callable[[Any], Run]
+
+
+def make_program(case: Case, model: nnx.Module, kind: str) -> Program:
     graph, params = nnx.split(model)
     shape = (case.batch, case.size, case.size, 3)
     images = jax.random.normal(jax.random.key(0), shape, jnp.dtype(case.dtype))
@@ -131,8 +156,7 @@ def compiled(
 
     if kind == "inference":
         lowered = jax.jit(inference).lower(params, images)
-        executable = lowered.compile(compiler_options=options)
-        return executable, lambda: executable(params, images)
+        return Program(lowered, lambda run: lambda: run(params, images))
 
     adamw = optax.adamw(1e-4)
 
@@ -156,15 +180,16 @@ def compiled(
     # Copies of the parameters, since a step overwrites what it is given.
     own = jax.tree.map(jnp.copy, params)
     state = own, adamw.init(own), jax.random.key(1)
-    lowered = jax.jit(training, donate_argnums=0).lower(state, images)
-    executable = lowered.compile(compiler_options=options)
 
-    def step() -> jax.Array:
-        nonlocal state
-        state, value = executable(state, images)
-        return value
+    def start(executable: Any) -> Run:
+        def step() -> jax.Array:
+            nonlocal state
+            state, value = executable(state, images)
+            return value
 
-    return executable, step
+        return step
+
+    return Program(jax.jit(training, donate_argnums=0).lower(state, images), start)
 
 
 # ---- Measurement ---------------------------------------------------------------------
@@ -188,21 +213,41 @@ def medians(runs: Mapping[str, Run], rounds: int, calls: int) -> dict[str, float
 
 
 def measure(
-    case: Case, implementations: Iterable[str], rounds: int, calls: int
+    case: Case, implementations: Sequence[str], rounds: int, calls: int
 ) -> list[Measurement]:
     model = make_model(case)
     results = {name: Measurement(case, name) for name in implementations}
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        """One that lacks support or memory must not end the comparison."""
+        try:
+            return action()
+        except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            refusal = str(error).splitlines()[0]
+            results[name] = dataclasses.replace(results[name], refusal=refusal)
+
+    def make(name: str, kind: str) -> Program:
+        return make_program(case, with_implementation(model, name), kind)
+
+    # XLA compiles the programs at the same time; nothing is timed until it is done.
+    programs, compiling = {}, {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for name, kind in itertools.product(implementations, PASSES):
+            program = attempt(name, functools.partial(make, name, kind))
+            if program is not None:
+                programs[kind, name] = program
+                compiling[kind, name] = pool.submit(program.lowered.compile)
+
     for kind in PASSES:
         runs = {}
-        for name, result in results.items():
-            try:
-                _, run = compiled(case, with_implementation(model, name), kind)
-                jax.block_until_ready(run())
-            except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-                # One that lacks support or memory must not end the comparison.
-                refusal = str(error).splitlines()[0]
-                results[name] = dataclasses.replace(result, refusal=refusal)
-            else:
+        for name in implementations:
+            if (kind, name) not in programs:
+                continue
+            executable = attempt(name, compiling[kind, name].result)
+            if executable is None:
+                continue
+            run = programs[kind, name].start(executable)
+            if attempt(name, lambda run=run: jax.block_until_ready(run())) is not None:
                 runs[name] = run
         for name, seconds in medians(runs, rounds, calls).items():
             rate = {kind: case.batch / seconds}
@@ -259,8 +304,9 @@ def profile(case: Case, implementation: str, calls: int) -> layouts.Shares:
         # A profiler does not see the single kernels of a CUDA graph.
         options = {"xla_gpu_enable_command_buffer": ""}
     model = with_implementation(make_model(case), implementation)
-    executable, run = compiled(case, model, "training", options)
-    return layouts.shares(executable.as_text(), run, calls)
+    program = make_program(case, model, "training")
+    executable = program.lowered.compile(compiler_options=options)
+    return layouts.shares(executable.as_text(), program.start(executable), calls)
 
 
 def main() -> None:
@@ -291,33 +337,36 @@ def main() -> None:
         and case.size in (args.sizes or [case.size])
         and case.dtype in (args.dtypes or [case.dtype])
     ]
+    files = None
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        files = args.output / ("models-profile" if args.profile else "models")
     lines, records = [], []
 
     def tell(text: str) -> None:
+        """Prints and saves at once: a run that is cut short has told what it found."""
         lines.append(text)
         print(text, flush=True)
+        if files is not None:
+            files.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+            saved = "".join(json.dumps(record) + "\n" for record in records)
+            files.with_suffix(".jsonl").write_text(saved)
 
     tell(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     if args.profile:
         for case in cases:
             found = profile(case, "fused", calls)
-            tell(f"{case!s:44}{found}")
             records.append({"case": dataclasses.asdict(case), **found._asdict()})
-    else:
-        header = "".join(f"{name:>9}" for name in args.implementations)
-        tell(f"{'images per second':54}{header}{'gain':>9}")
-        measured = []
-        for case in cases:
-            measured.append(measure(case, args.implementations, args.rounds, calls))
-            tell("\n".join(rows(measured[-1])))
-        tell("\n".join(summary(measured)))
-        records = [dataclasses.asdict(result) for case in measured for result in case]
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        name = "models-profile" if args.profile else "models"
-        (args.output / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        (args.output / f"{name}.jsonl").write_text(text)
+            tell(f"{case!s:44}{found}")
+        return
+    header = "".join(f"{name:>9}" for name in args.implementations)
+    tell(f"{'images per second':54}{header}{'gain':>9}")
+    measured = []
+    for case in cases:
+        measured.append(measure(case, args.implementations, args.rounds, calls))
+        records += map(dataclasses.asdict, measured[-1])
+        tell("\n".join(rows(measured[-1])))
+    tell("\n".join(summary(measured)))
 
 
 if __name__ == "__main__":
