@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jax_na import _ops, _primitives, _support, _window
+from jax_na._launches import Launch, launches
 from jax_na._plan import Plan, make_plan
 from jax_na._problem import Operands, Problem
 
@@ -29,6 +30,11 @@ class Explanation:
             ``2 (D + Dv)`` for every visible pair, head and sample.
         backward_flops: the same of the backward pass for query, key and value.
         plan: how the kernels cut the call, None for those that do not plan.
+        forward_launches: the CUDA kernels of the forward pass in their order, each with
+            its shared memory; None on other platforms and for ``'xla'``. What XLA
+            computes between them, softmax for ``'gemm'``, is not among them.
+        backward_launches: the same of all gradients that the call can have; XLA
+            computes ``sum(dout * out)`` before them.
     """
 
     platform: str
@@ -38,6 +44,8 @@ class Explanation:
     forward_flops: int
     backward_flops: int
     plan: Plan | None
+    forward_launches: tuple[Launch, ...] | None
+    backward_launches: tuple[Launch, ...] | None
 
     @property
     def visited_over_useful(self) -> float | None:
@@ -54,6 +62,11 @@ class Explanation:
         ]
         if self.plan is not None:
             lines.append(f"visited/useful {self.visited_over_useful:.2f}, {self.plan}")
+        for kind in ("forward", "backward"):
+            found = getattr(self, f"{kind}_launches")
+            if found is not None:
+                kernels = ", ".join(map(str, found))
+                lines.append(f"{kind} launches, with shared memory: {kernels}")
         for implementation, reason in self.refusals.items():
             lines.append(f"not {implementation!r}: {reason}")
         return "\n".join(lines)
@@ -113,6 +126,10 @@ def explain(
     copies = heads * math.prod(batch_and_grid[: -problem.rank])
     flops = 2 * pairs * copies * (head_dim + operands.value.shape[-1])
     chosen = _support.choose(implementation, platform, traits)
+    plan = make_plan(chosen, platform, problem, operands)
+    forward = backward = None
+    if platform == "cuda" and chosen != "xla":
+        forward, backward = launches(chosen, problem, operands, plan)
     return Explanation(
         platform,
         chosen,
@@ -120,7 +137,9 @@ def explain(
         pairs,
         flops,
         flops * 5 // 2,
-        make_plan(chosen, platform, problem, operands),
+        plan,
+        forward,
+        backward,
     )
 
 

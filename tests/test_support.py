@@ -146,6 +146,90 @@ def test_explain_takes_every_argument_of_the_call() -> None:
     assert explanation.implementation == "xla"
 
 
+# sizeof(Shared) of the kernels, from nvcc, by padded dimension and bytes of an element:
+# forward, dQ, dQ with a bias, dK and dV; then pair, gather and scatter of 'gemm'.
+FUSED_SHARED = {
+    (32, 2): (23168, 26752, 44288, 28288),
+    (96, 2): (39552, 75904, 93440, 77440),
+    (128, 2): (51840, 100480, 118016, 102016),
+    (256, 2): (100992, 133248, 150784, 134784),
+    (64, 4): (51840, 100480, 118016, 102016),
+    (192, 4): (75776, 99968, 104832, 100864),
+}
+GEMM_SHARED = {
+    (32, 2): (30848, 18560, 11392),
+    (256, 2): (84096, 75904, 68736),
+    (64, 4): (67712, 51328, 35968),
+    (256, 4): (71296, 71296, 67712),
+}
+
+
+def _launches(
+    head_dim: int, element_bytes: int, **arguments: Any
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Shared memory by kernel, of the forward and of the backward pass."""
+    dtype = jnp.dtype({2: "bfloat16", 4: "float32"}[element_bytes])
+    explanation = jax_na.explain(
+        **_shapes(head_dim, dtype), kernel_size=(3, 3), platform="cuda", **arguments
+    )
+    passes = explanation.forward_launches, explanation.backward_launches
+    assert all(launch.kernel in str(explanation) for p in passes for launch in p)
+    forward, backward = ({x.kernel: x.shared_bytes for x in p} for p in passes)
+    return forward, backward
+
+
+@pytest.mark.usefixtures("every_kernel")
+@pytest.mark.parametrize(("dim", "element"), FUSED_SHARED)
+def test_launches_of_fused(dim: int, element: int) -> None:
+    forward, dquery, dquery_dbias, dkey_dvalue = FUSED_SHARED[dim, element]
+    backward = {"dquery": dquery}
+    names = ("dkey, dvalue",) if dim <= 128 else ("dkey", "dvalue")
+    backward |= dict.fromkeys(names, dkey_dvalue)
+    assert _launches(dim, element) == ({"forward": forward}, backward)
+
+    table = 5 * 5 * 4
+    own, gradients = _launches(dim, element, rel_pos_bias=jnp.ones((4, 5, 5)))
+    assert own == {"forward": forward + table}
+    assert gradients["dquery, dbias"] == dquery_dbias + 2 * table
+
+
+@pytest.mark.usefixtures("every_kernel")
+def test_launches_of_additional_keys_and_partial_sums() -> None:
+    additional = {
+        f"additional_{name}": jnp.ones((2, 3, 2, 32), jnp.bfloat16)
+        for name in ("keys", "values")
+    }
+    bias = jnp.ones((4, 5, 5))
+    _, backward = _launches(32, 2, rel_pos_bias=bias, **additional)
+    assert {"sum of dbias", "dadditional_key, dadditional_value"} <= set(backward)
+    assert backward["sum of dbias"] == 0
+    naive = _launches(32, 2, rel_pos_bias=bias, implementation="naive", **additional)
+    assert [len(launches) for launches in naive] == [1, 4]
+
+
+@pytest.mark.usefixtures("every_kernel")
+@pytest.mark.parametrize(("dim", "element"), GEMM_SHARED)
+def test_launches_of_gemm(dim: int, element: int) -> None:
+    pair, gather, scatter = GEMM_SHARED[dim, element]
+    assert _launches(dim, element, implementation="gemm") == (
+        {"scores": pair, "out": gather},
+        {
+            "scores": pair,
+            "dweights": pair,
+            "dquery": gather,
+            "dkey": scatter,
+            "dvalue": scatter,
+        },
+    )
+
+
+def test_launches_are_those_of_cuda() -> None:
+    explanation = jax_na.explain(
+        **_shapes(), kernel_size=(3, 3), implementation="xla", platform="cuda"
+    )
+    assert explanation.forward_launches is explanation.backward_launches is None
+
+
 def test_explain_refuses_what_the_call_refuses() -> None:
     with pytest.raises(ValueError, match="stride"):
         jax_na.explain(**_shapes(), kernel_size=(3, 3), stride=4)

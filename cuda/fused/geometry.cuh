@@ -226,6 +226,9 @@ struct TileTables {
   ColumnEntry column[kMaxColumns];
   ColumnEntry additional[kMaxColumns];  // columns that are a list
 };
+// jax_na/_launches.py, which tells users of shared memory, counts with these sizes.
+static_assert(sizeof(TileTables<32>) == 1576 && sizeof(TileTables<64>) == 2088 &&
+              sizeof(TileTables<128>) == 3112);
 
 // Fills the tables; the caller synchronises. `first` is the tile's first token.
 template <Side kRowsAre, int kRows, int kThreads>
