@@ -7,21 +7,28 @@ dimensions and dtypes, and prints the average, least and largest improvement of 
 naive (float32) and of fused over naive (float16), beside those that "Faster Neighborhood
 Attention" (arXiv 2403.04690, tables 1 and 2) reports. Improvement is naive time over other
 time, less one.
+
+How good the naive kernels are tells whether an improvement is one: their useful TFLOP/s,
+and their speed over the gather formulation (peers.py) in 2-D where its copies fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cases
 import jax
+import jax.numpy as jnp
+import peers
 import timing
 
 import jax_na
@@ -70,16 +77,39 @@ def problems(dtype: str) -> Iterator[cases.Case]:
                 )
 
 
-def forward_milliseconds(case: cases.Case, implementation: str, calls: int) -> float:
+def attention(case: cases.Case, implementation: str) -> peers.Attention:
+    return functools.partial(
+        jax_na.neighborhood_attention,
+        implementation=implementation,
+        **case.window_arguments,
+    )
+
+
+def forward_milliseconds(
+    case: cases.Case, attend: peers.Attention, calls: int
+) -> float:
     query, key, value, _ = case.operands()
-    attend = jax.jit(
-        functools.partial(
-            jax_na.neighborhood_attention,
-            implementation=implementation,
-            **case.window_arguments,
+    attend = jax.jit(attend)
+    return timing.jax_milliseconds(lambda: attend(query, key, value), calls)
+
+
+def is_gatherable(case: cases.Case) -> bool:
+    """Whether the copies of keys and values of all windows are of a moderate size."""
+    numbers = math.prod((*case.operand_shape, *case.window))
+    return 2 * numbers * jnp.dtype(case.dtype).itemsize <= 8 << 30
+
+
+def spread(values: Sequence[float], unit: str, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    shown = (
+        f"{name} {value:{sign}8.4g}{unit}"
+        for name, value in (
+            ("average", statistics.mean(values)),
+            ("least", min(values)),
+            ("largest", max(values)),
         )
     )
-    return timing.jax_milliseconds(lambda: attend(query, key, value), calls)
+    return f"{len(values):3} problems: {'  '.join(shown)}"
 
 
 def main() -> None:
@@ -89,30 +119,38 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="folder for results")
     args = parser.parse_args()
 
-    records = []
+    file = None
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        file = (args.output / "paper.jsonl").open("w")
     for (contender, dtype), paper in COMPARISONS.items():
-        improvements: dict[int, list[float]] = {rank: [] for rank in GRIDS}
+        improvements = collections.defaultdict(list)
+        rates = collections.defaultdict(list)
+        over_gather = []
         for case in itertools.islice(problems(dtype), None, None, args.every):
-            naive = forward_milliseconds(case, "naive", args.calls)
-            own = forward_milliseconds(case, contender, args.calls)
-            improvements[len(case.shape)].append(100 * (naive / own - 1))
-            record = dataclasses.asdict(case)
-            records.append(
-                record | {"contender": contender, "naive": naive, "own": own}
-            )
+            rank = len(case.shape)
+            times = {
+                name: forward_milliseconds(case, attention(case, name), args.calls)
+                for name in ("naive", contender)
+            }
+            improvements[rank].append(100 * (times["naive"] / times[contender] - 1))
+            rates[rank].append(case.flops(backward=False) / times["naive"] / 1e9)
+            if rank == 2 and is_gatherable(case):
+                gather = peers.gather(case.shape, **case.window_arguments)
+                times["gather"] = forward_milliseconds(case, gather, args.calls)
+                over_gather.append(times["gather"] / times["naive"])
+            if file is not None:
+                record = dataclasses.asdict(case) | {"milliseconds": times}
+                print(json.dumps(record), file=file, flush=True)
         print(f"\n{contender} over naive, {dtype}, forward")
         for rank, values in improvements.items():
             beside = f"  (paper: +{paper[rank]}%)" if paper[rank] else ""
-            print(
-                f"  {rank}-D, {len(values):3} problems: average "
-                f"{statistics.mean(values):+6.0f}%  least {min(values):+6.0f}%  largest "
-                f"{max(values):+6.0f}%{beside}",
-                flush=True,
-            )
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        lines = "\n".join(map(json.dumps, records))
-        (args.output / "paper.jsonl").write_text(lines + "\n")
+            print(f"  {rank}-D, {spread(values, '%', signed=True)}{beside}")
+        print("naive, useful TFLOP/s")
+        for rank, values in rates.items():
+            print(f"  {rank}-D, {spread(values, '')}")
+        if over_gather:
+            print(f"naive over gather\n  2-D, {spread(over_gather, 'x')}", flush=True)
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}")
 
 

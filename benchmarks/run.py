@@ -170,16 +170,20 @@ def main() -> None:
         if not args.only or case.name in args.only
     ]
     results: list[Measurement] = []
+    file = None
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        file = (args.output / "results.jsonl").open("w")
     for name in args.contenders or CONTENDERS:
-        results += measure(name, problems, args.calls)
+        for result in measure(name, problems, args.calls):
+            results.append(result)
+            if file is not None:  # at once: what is cut short keeps what it measured
+                print(json.dumps(dataclasses.asdict(result)), file=file, flush=True)
         print(f"measured {name}", flush=True)
     print(table(results))
     if args.output is not None:
         import charts
 
-        args.output.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(dataclasses.asdict(result)) for result in results]
-        (args.output / "results.jsonl").write_text("\n".join(lines) + "\n")
         charts.bars(results, args.output)
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}")
 
