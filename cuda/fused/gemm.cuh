@@ -17,6 +17,9 @@ namespace jax_na::cuda::fused {
 using Accumulator = float[4];
 using Fragment = uint32_t[4];  // of a 16-row operand
 
+// Tensor cores truncate what they add to, an error that grows with the steps along the summed
+// dimension and can exceed that of float32 many times. So highest precision leaves only the
+// sum of one step to them.
 template <typename T, Precision kPrecision>
 __device__ __forceinline__ void multiply_add(Accumulator& d, const Fragment& a, uint32_t b0,
                                              uint32_t b1) {
@@ -35,10 +38,15 @@ __device__ __forceinline__ void multiply_add(Accumulator& d, const Fragment& a, 
       Fragment low;
 #pragma unroll
       for (int i = 0; i < 4; ++i) low[i] = rest(a[i], high[i]);
-      ptx::multiply_add(d, low, high0, high1, T{});
-      ptx::multiply_add(d, high, rest(b0, high0), rest(b1, high1), T{});
+      Accumulator step = {0, 0, 0, 0};
+      ptx::multiply_add(step, low, high0, high1, T{});
+      ptx::multiply_add(step, high, rest(b0, high0), rest(b1, high1), T{});
+      ptx::multiply_add(step, high, high0, high1, T{});
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] += step[i];
+    } else {
+      ptx::multiply_add(d, high, high0, high1, T{});
     }
-    ptx::multiply_add(d, high, high0, high1, T{});
   }
 }
 
