@@ -1,7 +1,7 @@
 """Where a compiled program's time goes: attention, matrices, layout changes, the rest.
 
-Joins the instructions of the optimised program, which tell what is a copy or transpose
-and what touches jax_na's kernels, with the profiler's time of every instruction.
+Joins the instructions of the optimised program, which tell what only moves data and what
+touches jax_na's kernels, with the profiler's time of every instruction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INSTRUCTION = re.compile(
     r"\((?P<operands>[^)]*)\)(?P<rest>.*)"
 )
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .*\{$")
-_MOVES = {"copy", "transpose"}
+_MOVES = {"copy", "transpose", "concatenate", "slice"}
 _VIEWS = {"bitcast", "get-tuple-element", "reshape", "tuple", "opt-barrier"}
 _FREE = {*_MOVES, *_VIEWS, "parameter", "constant", "broadcast", "convert"}
 _MATRIX = re.compile(r"\bdot\b|convolution|gemm|cublas|cudnn|matmul")
@@ -42,8 +42,9 @@ class Shares(NamedTuple):
     Attributes:
         attention: jax_na's kernels.
         matrix: matrix products and convolutions, with what XLA fused into them.
-        layout: copies and transposes of an operand or result of jax_na's kernels.
-        layout_and_more: fusions beside jax_na's kernels that change a layout and also
+        layout: what only moves an operand or result of jax_na's kernels: copies,
+            transposes, and the way into and out of a packed array.
+        layout_and_more: fusions beside jax_na's kernels that move data and also
             compute: an upper bound of what more there is.
         rest: everything else.
     """
