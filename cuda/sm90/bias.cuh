@@ -33,12 +33,8 @@ __device__ __forceinline__ void add_bias(float (&scores)[kColumns / 2],
                                          const BiasColumns<kColumns>& columns, const Problem& p,
                                          const RowView& view, const int32_t (&box_at)[kMaxRank]) {
   const int lane = threadIdx.x % kWarpLanes;
-  const int32_t own = bias_index(p, view.point), box = bias_index(p, box_at);
-  int32_t row[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    row[h] = box - __shfl_sync(kFullWarp, own, lane / 4 + 8 * h);
-  }
+  const int32_t box = bias_index(p, box_at);
+  const int32_t row[2] = {box - bias_index(p, view.point[0]), box - bias_index(p, view.point[1])};
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
     const int2 column = *reinterpret_cast<const int2*>(&columns.index[8 * n + lane % 4 * 2]);

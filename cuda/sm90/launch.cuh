@@ -7,12 +7,11 @@
 
 namespace jax_na::cuda::sm90 {
 
-// As many CTAs as are resident at once, or fewer where there are not so many tiles.
+// One CTA per multiprocessor, or `most` where those are fewer.
 template <class Plan>
-cudaError_t launch_persistent(void (*kernel)(const Plan), int32_t tiles, int resident,
-                              int threads, int64_t shared_bytes, const Plan& plan,
-                              cudaStream_t stream) {
-  if (tiles == 0) return cudaSuccess;
+cudaError_t launch_persistent(void (*kernel)(const Plan), int32_t most, int threads,
+                              int64_t shared_bytes, const Plan& plan, cudaStream_t stream) {
+  if (most == 0) return cudaSuccess;
   int device = 0, multiprocessors = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
@@ -24,7 +23,7 @@ cudaError_t launch_persistent(void (*kernel)(const Plan), int32_t tiles, int res
                                   static_cast<int>(shared_bytes));
   }
   if (status != cudaSuccess) return status;
-  const int32_t ctas = tiles < resident * multiprocessors ? tiles : resident * multiprocessors;
+  const int32_t ctas = most < multiprocessors ? most : multiprocessors;
   void* arguments[] = {const_cast<Plan*>(&plan)};
   return cudaLaunchKernel(symbol, dim3(static_cast<unsigned>(ctas)), dim3(threads), arguments,
                           static_cast<size_t>(shared_bytes), stream);

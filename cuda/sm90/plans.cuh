@@ -1,16 +1,12 @@
 // The parameters of the Hopper kernels.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
-#include "../fused/stream.cuh"
 #include "tensor_map.h"
 #include "tile.cuh"
 
 namespace jax_na::cuda::sm90 {
-
-using fused::TilePlace;
 
 struct ForwardPlan {
   CUtensorMap query, key, value, additional_key, additional_value;

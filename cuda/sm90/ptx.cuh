@@ -101,6 +101,15 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
+// stmatrix.x4: four 8x8 matrices of 16-bit elements, as load_matrices.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b,
+                                               uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                   address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // ---- Warpgroups ------------------------------------------------------------------------
 
 // bar.sync: waits for `threads` threads at the named barrier; 0 is __syncthreads'.

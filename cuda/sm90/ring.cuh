@@ -9,7 +9,7 @@
 
 namespace jax_na::cuda::sm90 {
 
-template <int kSlots, int kSlotBytes>
+template <int kSlots>
 struct Ring {
   uint64_t full[kSlots], empty[kSlots];
 

@@ -8,62 +8,49 @@
 
 namespace jax_na::cuda::sm90 {
 
-// Each of four neighbouring lanes holds a row of a 4x4 matrix and receives a column of it.
-__device__ __forceinline__ void transpose(uint32_t (&w)[4]) {
-  const int lane = threadIdx.x;
+// Where the rows of a warpgroup go: the token, ~token for a row that becomes zeros, kNoToken.
+using fused::kNoToken;
+
+// Puts the rows of a product, multiplied by `factor`, into a block of the warpgroup's own, as T.
+// Only the rows of the warp are touched.
+template <typename T, class Block, int kCount>
+__device__ __forceinline__ void put_rows(uint8_t* block, const float (&d)[kCount],
+                                         const float (&factor)[2]) {
+  static_assert(kCount == Block::kDim / 2);
+  const int lane = threadIdx.x % kWarpLanes;
+  const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
+  const int row = warp_row + lane % 8 + lane / 8 % 2 * 8;
 #pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = (lane & step) != 0;
+  for (int n = 0; n < kCount / 4; n += 2) {
+    uint32_t w[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      uint32_t &a = w[i], &b = w[i | step];
-      const uint32_t other = __shfl_xor_sync(kFullWarp, upper ? a : b, step);
-      (upper ? a : b) = other;
+    for (int j = 0; j < 4; ++j) {
+      const int at = 4 * (n + j / 2) + 2 * (j % 2);
+      w[j] = pack<T>(d[at] * factor[j % 2], d[at + 1] * factor[j % 2]);
     }
+    ptx::store_matrices(ptx::shared_address(block) + Block::offset(row, n + lane / 16), w[0], w[1],
+                        w[2], w[3]);
   }
 }
 
-// Where a warp's rows go: `base` is element 0 of the head in the sample, `pitch` the elements
-// from token to token. A lane gets what concerns its two rows.
-struct RowTargets {
-  int32_t token[2];  // -1: none
-  bool in_grid[2];
-
-  __device__ __forceinline__ explicit RowTargets(const RowView& view) {
-    const int lane = threadIdx.x % kWarpLanes;
+// Copies the first `dim` channels of the warp's rows from a block; `tokens` are of the
+// warpgroup's rows, `base` is element 0 of the head in the sample, `pitch` the elements from
+// token to token.
+template <typename T, class Block>
+__device__ __forceinline__ void store_rows(const uint8_t* block, const int32_t* tokens, T* base,
+                                           int64_t pitch, int32_t dim) {
+  constexpr int kUnits = Block::kDim / 8;  // of 16 bytes, in a row
+  const int lane = threadIdx.x % kWarpLanes;
+  const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      token[h] = __shfl_sync(kFullWarp, view.token, lane / 4 + 8 * h);
-      in_grid[h] = __shfl_sync(kFullWarp, view.in_grid, lane / 4 + 8 * h);
-    }
-  }
-};
-
-// Writes the first `dim` channels of the rows of a product, multiplied by `factor`; rows outside
-// the grid become zeros. Four lanes put together 64 bytes of a row.
-template <typename T, int kCount>
-__device__ __forceinline__ void store_rows(const float (&d)[kCount], const float (&factor)[2],
-                                           const RowTargets& rows, T* base, int64_t pitch,
-                                           int32_t dim) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    T* row = base + max(rows.token[h], 0) * pitch;
-#pragma unroll
-    for (int i = 0; i < kCount / 16; ++i) {
-      uint32_t w[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int at = 4 * (4 * i + j) + 2 * h;
-        w[j] = pack<T>(d[at] * factor[h], d[at + 1] * factor[h]);
-      }
-      transpose(w);
-      const int channel = 8 * (4 * i + threadIdx.x % 4);
-      if (rows.token[h] < 0 || channel >= dim) continue;
-      const bool in = rows.in_grid[h];
-      *reinterpret_cast<uint4*>(row + channel) =
-          make_uint4(in ? w[0] : 0, in ? w[1] : 0, in ? w[2] : 0, in ? w[3] : 0);
-    }
+  for (int i = 0; i < kWarpRows * kUnits / kWarpLanes; ++i) {
+    const int index = i * kWarpLanes + lane;
+    const int row = warp_row + index / kUnits, unit = index % kUnits;
+    const int32_t token = tokens[row];
+    if (token == kNoToken || 8 * unit >= dim) continue;
+    uint4 value = make_uint4(0, 0, 0, 0);
+    if (token >= 0) value = *reinterpret_cast<const uint4*>(block + Block::offset(row, unit));
+    *reinterpret_cast<uint4*>(base + max(token, ~token) * pitch + 8 * unit) = value;
   }
 }
 

@@ -30,25 +30,29 @@ struct OnlineSoftmax {
     bool grown = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float x = scores[2 * h];
+      float even = scores[2 * h], odd = scores[2 * h + 1];  // two chains have half the latency
 #pragma unroll
-      for (int n = 0; n < kCount / 4; ++n) {
-        x = fmaxf(x, fmaxf(scores[4 * n + 2 * h], scores[4 * n + 2 * h + 1]));
+      for (int n = 1; n < kCount / 4; ++n) {
+        even = fmaxf(even, scores[4 * n + 2 * h]);
+        odd = fmaxf(odd, scores[4 * n + 2 * h + 1]);
       }
-      largest[h] = x * log2_scale;
+      largest[h] = fmaxf(even, odd) * log2_scale;
       grown = grown || largest[h] > reference[h] + kSlack;
     }
     grown = __any_sync(fused::kFullWarp, grown);
     if (grown) raise(largest);
+    float odd[2] = {0, 0};
 #pragma unroll
     for (int n = 0; n < kCount / 4; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& score = scores[4 * n + e];
         score = ptx::exp2(score * log2_scale - reference[e / 2]);
-        total[e / 2] += score;
+        (e % 2 == 0 ? total : odd)[e / 2] += score;
       }
     }
+    total[0] += odd[0];
+    total[1] += odd[1];
     return grown;
   }
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../fused/geometry.cuh"
+#include "../fused/stream.cuh"
 #include "wgmma.cuh"
 
 namespace jax_na::cuda::sm90 {
@@ -23,10 +23,14 @@ using fused::kWarpLanes;
 using fused::Side;
 using fused::Sides;
 using fused::TileGrid;
+using fused::TilePlace;
 
 constexpr int kGroupWarps = kGroupThreads / kWarpLanes;
 constexpr int kWarpRows = kGroupRows / kGroupWarps;
 constexpr int32_t kEverything = 1 << 28;  // beyond every relative class index
+
+// Tells the compiler that a value is the same in all lanes.
+__device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(kFullWarp, x, 0); }
 
 // How the rows of a launch are cut, and the boxes that they visit.
 struct Cut {
@@ -41,6 +45,10 @@ template <int kGroups>
 struct TileTable {
   static constexpr int kEntries = kGroups * kGroupRows + kMaxRank - 1;
 
+  bool end;                     // there are no more tiles, and nothing else is set
+  int64_t batch;
+  int32_t head;
+  int32_t first[kMaxRank];      // local index of the first token
   Interval interval[kEntries];  // of the coordinates of axis 0, then 1, then 2
   int32_t lo[kMaxRank];         // first relative class index of the union
   int32_t start[kMaxRank];      // its local index
@@ -50,17 +58,30 @@ struct TileTable {
   int32_t first_at[kGroups];  // where the run begins on the group axis, from the union's start
 };
 
-// Fills the table of the tile whose first token is `first`; to be called by one whole warp.
+// Fills the table of a tile; to be called by one whole warp.
 template <Side kRowsAre, int kGroups>
 __device__ __forceinline__ void fill_table(TileTable<kGroups>* table, const Problem& p,
-                                           const Cut& cut, int64_t batch,
-                                           const int32_t (&first)[kMaxRank]) {
+                                           const Cut& cut, const TilePlace& place) {
   using S = Sides<kRowsAre>;
   const int lane = threadIdx.x % kWarpLanes;
-  int32_t begin = 0, boxes = 1, first_box[kGroups], last_box[kGroups], first_at[kGroups];
-#pragma unroll
+  const int64_t batch = place.batch;
+  const int32_t(&first)[kMaxRank] = place.first;
+  const auto entries = [&](int a) {
+    return cut.rows.extent[a] * (a == cut.group_axis ? kGroups : 1);
+  };
+  const int32_t end_0 = entries(0), end_1 = end_0 + entries(1), end_2 = end_1 + entries(2);
+#pragma unroll 1
+  for (int e = lane; e < end_2; e += kWarpLanes) {
+    const int axis = e < end_0 ? 0 : e < end_1 ? 1 : 2;
+    const int32_t i = e - (axis == 0 ? 0 : axis == 1 ? end_0 : end_1);
+    const int32_t start = axis == 0 ? first[0] : axis == 1 ? first[1] : first[2];
+    table->interval[e] = S::interval(p, p.axis_frame(batch, axis), axis, start, i);
+  }
+  __syncwarp();
+
+  int32_t boxes = 1, begin = 0;
+#pragma unroll 1
   for (int a = 0; a < kMaxRank; ++a) {
-    const AxisFrame frame = p.axis_frame(batch, a);
     const int32_t extent = cut.rows.extent[a], box = cut.columns.extent[a];
     const bool grouped = a == cut.group_axis;
     int32_t lo[kGroups], hi[kGroups], least = kNoLo, most = kNoHi;
@@ -70,10 +91,8 @@ __device__ __forceinline__ void fill_table(TileTable<kGroups>* table, const Prob
       hi[g] = kNoHi;
       if (g > 0 && !grouped) continue;
       for (int i = lane; i < extent; i += kWarpLanes) {
-        const Interval seen = S::interval(p, frame, a, first[a], g * extent + i);
-        table->interval[begin + i] = seen;
-        lo[g] = min(lo[g], seen.lo);
-        hi[g] = max(hi[g], seen.hi);
+        lo[g] = min(lo[g], table->interval[begin + i].lo);
+        hi[g] = max(hi[g], table->interval[begin + i].hi);
       }
       begin += extent;
       lo[g] = ptx::warp_min(lo[g]);
@@ -84,37 +103,36 @@ __device__ __forceinline__ void fill_table(TileTable<kGroups>* table, const Prob
     const int32_t length = max(0, most - least);
     const int32_t count = (length + box - 1) / box;
     boxes *= count;
+    if (lane > 0) continue;
+    const int32_t start = a == 0 ? first[0] : a == 1 ? first[1] : first[2];
+    table->lo[a] = least;
+    table->start[a] = S::origin(p, p.axis_frame(batch, a), a, start) +
+                      p.window[a].dilation * (length > 0 ? least : 0);
+    table->length[a] = length;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       if (grouped) {
         const bool any = lo[g] < hi[g];
-        first_box[g] = any ? (lo[g] - least) / box : 0;
-        first_at[g] = first_box[g] * box;
-        last_box[g] = any ? (hi[g] - 1 - least) / box + 1 : 0;
+        table->first_box[g] = any ? (lo[g] - least) / box : 0;
+        table->last_box[g] = any ? (hi[g] - 1 - least) / box + 1 : 0;
+        table->first_at[g] = table->first_box[g] * box;
       } else if (a > cut.group_axis) {
-        first_box[g] *= count;
-        last_box[g] *= count;
+        table->first_box[g] *= count;
+        table->last_box[g] *= count;
       }
-    }
-    if (lane == 0) {
-      table->lo[a] = least;
-      table->start[a] =
-          S::origin(p, frame, a, first[a]) + p.window[a].dilation * (length > 0 ? least : 0);
-      table->length[a] = length;
     }
   }
   if (lane == 0) {
+    table->end = false;
+    table->batch = batch;
+    table->head = place.head;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) table->first[a] = first[a];
     table->grid_boxes = boxes;
     const int32_t lists = kRowsAre == Side::kQueries
                               ? (p.additional + cut.columns.size - 1) / cut.columns.size
                               : 0;
     table->boxes = boxes + lists;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      table->first_box[g] = first_box[g];
-      table->last_box[g] = last_box[g];
-      table->first_at[g] = first_at[g];
-    }
   }
 }
 
@@ -136,19 +154,40 @@ struct BoxWalk {
 
 // ---- Masks -------------------------------------------------------------------------------
 
-// Sets of the columns of a box, one bit each, in two halves of kHalf words.
+// Of two rows the columns that a lane holds (l / 4 and l / 4 + 8 of its warp, columns 8 n +
+// 2 (l % 4) + i): bit 2 n + i.
+template <int kColumns>
+struct LaneMask {
+  static constexpr int kWords = (kColumns + 127) / 128;
+  uint32_t bits[2][kWords];
+
+  __device__ __forceinline__ bool test(int n, int h, int i) const {
+    return (bits[h][n / 16] >> (n % 16 * 2 + i) & 1) != 0;
+  }
+
+  // The first `count` columns, in both rows.
+  static __device__ __forceinline__ LaneMask leading(int32_t count) {
+    LaneMask mask;
+    const int32_t own = count - threadIdx.x % 4 * 2;  // of columns 8 n and 8 n + 1
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int32_t left = own - 128 * w;
+      const int32_t bits = left <= 0 ? 0 : left / 8 * 2 + min(left % 8, 2);
+      const auto word = static_cast<uint32_t>(ptx::shift_left(1, min(bits, 32)) - 1);
+      mask.bits[0][w] = mask.bits[1][w] = word;
+    }
+    return mask;
+  }
+};
+
+// Sets of the columns of a box, in the order of LaneMask.
 template <int kColumns>
 struct ColumnSets {
-  static constexpr int kWords = (kColumns + 31) / 32;
-  static constexpr int kUsed = (kWords + 1) / 2;                        // words of a half
-  static constexpr int kHalf = kUsed == 3 ? 4 : kUsed;                  // for aligned loads
+  static constexpr int kWords = LaneMask<kColumns>::kWords;
   static constexpr int kEntries = kColumns + 2 * kMaxRank;
 
-  struct alignas(kHalf * 4) Half {
-    uint32_t word[kHalf];
-  };
-  // Entry v of an axis: the columns whose coordinate on it is less than v.
-  Half below[kEntries][2];
+  // Entry v of an axis: the columns whose coordinate on it is less than v, for lanes l % 4.
+  uint32_t below[kEntries][kWords][4];
 
   static __device__ __forceinline__ int entry(const BoxOrder& box, int axis) {
     return axis == 0 ? 0
@@ -159,8 +198,9 @@ struct ColumnSets {
   // To be called by all `warps` warps of a CTA.
   __device__ __forceinline__ void fill(const BoxOrder& box, int warps) {
     const int lane = threadIdx.x % kWarpLanes;
-    for (int w = threadIdx.x / kWarpLanes; w < 2 * kUsed; w += warps) {
-      const int column = w * 32 + lane;
+    for (int part = threadIdx.x / kWarpLanes; part < 4 * kWords; part += warps) {
+      const int w = part / 4, quad = part % 4;
+      const int column = 128 * w + 8 * (lane / 2) + 2 * quad + lane % 2;
       int32_t at[kMaxRank];
       box.point(column, at);
 #pragma unroll
@@ -168,128 +208,95 @@ struct ColumnSets {
         const int begin = entry(box, a);
         for (int v = 0; v <= box.extent[a]; ++v) {
           const uint32_t word = __ballot_sync(kFullWarp, column < box.size && at[a] < v);
-          if (lane == 0) below[begin + v][w / kUsed].word[w % kUsed] = word;
+          if (lane == 0) below[begin + v][w][quad] = word;
         }
       }
     }
   }
 
-  // The first `count` columns.
-  static __device__ __forceinline__ Half leading(int32_t count, int half) {
-    Half set;
+  // Removes from row h of the mask the columns whose coordinate on `axis` is not in [lo, hi).
+  __device__ __forceinline__ void restrict_to(LaneMask<kColumns>* mask, int h,
+                                              const BoxOrder& box, int axis, int32_t lo,
+                                              int32_t hi) const {
+    const int begin = entry(box, axis), extent = box.extent[axis];
+    const int l = max(0, min(lo, extent)), r = max(l, min(hi, extent));
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const int32_t bits = max(0, min(32, count - 32 * (half * kUsed + i)));
-      set.word[i] = static_cast<uint32_t>(ptx::shift_left(1, bits) - 1);
+    for (int w = 0; w < kWords; ++w) {
+      mask->bits[h][w] &= below[begin + r][w][threadIdx.x % 4] &
+                          ~below[begin + l][w][threadIdx.x % 4];
     }
-    return set;
-  }
-
-  // The columns of half `half` with coordinates in [lo, hi) on every axis.
-  __device__ __forceinline__ Half select(const BoxOrder& box, int half,
-                                         const int32_t (&lo)[kMaxRank],
-                                         const int32_t (&hi)[kMaxRank]) const {
-    Half set;
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) set.word[i] = ~0u;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const int begin = entry(box, a);
-      const int l = max(0, min(lo[a], box.extent[a])), h = max(l, min(hi[a], box.extent[a]));
-      const Half from = below[begin + l][half], to = below[begin + h][half];
-#pragma unroll
-      for (int i = 0; i < kUsed; ++i) set.word[i] &= to.word[i] & ~from.word[i];
-    }
-    return set;
   }
 };
 
-// For the two rows of a lane (l / 4 and l / 4 + 8 of its warp) the columns that it sees, shifted
-// so that bits 8 n and 8 n + 1 of word n / 4 are those of this lane.
-template <int kColumns>
-struct LaneMask {
-  using Sets = ColumnSets<kColumns>;
-  uint32_t bits[2][Sets::kWords];
-
-  // Lane l has half l / 16 of the set of row l % 16 of the warp.
-  __device__ __forceinline__ explicit LaneMask(const typename Sets::Half& set) {
-    const int lane = threadIdx.x % kWarpLanes;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int w = 0; w < Sets::kWords; ++w) {
-        const int from = lane / 4 + 8 * h + kWarpRows * (w / Sets::kUsed);
-        bits[h][w] =
-            __shfl_sync(kFullWarp, set.word[w % Sets::kUsed], from) >> lane % 4 * 2;
-      }
-    }
-  }
-  __device__ __forceinline__ bool test(int n, int h, int i) const {
-    return (bits[h][n / 4] >> (n % 4 * 8 + i) & 1) != 0;
-  }
-};
-
-// The rows of a warp: each lane keeps what row l % 16 sees, relative to the start of the union.
+// The two rows of a lane, and what they see relative to the start of the union.
 struct RowView {
-  int32_t point[kMaxRank];               // of the row in its box; does not change
-  int32_t entry[kMaxRank];               // of its intervals in a table; likewise
-  int32_t lo[kMaxRank], hi[kMaxRank];
+  int32_t point[2][kMaxRank];   // in the boxes of the CTA; does not change; [0] < 0: no row
+  int32_t entry[2][kMaxRank];   // of the intervals in a table; likewise
+  int32_t lo[2][kMaxRank], hi[2][kMaxRank];
   int32_t common_lo[kMaxRank], common_hi[kMaxRank];  // what all rows of the warp see
-  int32_t token;                         // local index, or -1 where the row has none
-  bool in_grid;
+  int32_t token[2];             // local index, or -1 where there is none
+  bool in_grid[2];
 
   template <int kGroups>
   __device__ __forceinline__ void place(const Cut& cut, int group) {
-    const int row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows +
-                    threadIdx.x % kWarpRows;
-    cut.rows.point(row, point);
-    const bool exists = row < cut.rows.size;
-    if (!exists) point[0] = -1;
-    int32_t begin = 0;
+    const int warp = threadIdx.x % kGroupThreads / kWarpLanes;
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const bool grouped = a == cut.group_axis;
-      point[a] += grouped && exists ? group * cut.rows.extent[a] : 0;
-      entry[a] = begin + max(point[a], 0);
-      begin += cut.rows.extent[a] * (grouped ? kGroups : 1);
+    for (int h = 0; h < 2; ++h) {
+      const int row = warp * kWarpRows + threadIdx.x % kWarpLanes / 4 + 8 * h;
+      const bool exists = row < cut.rows.size;
+      cut.rows.point(row, point[h]);
+      if (!exists) point[h][0] = -1;
+      int32_t begin = 0;
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        const bool grouped = a == cut.group_axis;
+        point[h][a] += grouped && exists ? group * cut.rows.extent[a] : 0;
+        entry[h][a] = begin + (exists ? point[h][a] : 0);
+        begin += cut.rows.extent[a] * (grouped ? kGroups : 1);
+      }
     }
   }
 
   template <Side kRowsAre, int kGroups>
-  __device__ __forceinline__ void read(const TileTable<kGroups>& table, const Problem& p,
-                                       const int32_t (&first)[kMaxRank]) {
-    token = 0;
-    in_grid = point[0] >= 0;
-    bool exists = in_grid;
+  __device__ __forceinline__ void read(const TileTable<kGroups>& table, const Problem& p) {
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const Interval seen = table.interval[entry[a]];
-      lo[a] = seen.lo - table.lo[a];
-      hi[a] = seen.hi - table.lo[a];
-      in_grid = in_grid && seen.in_grid;
-      const int32_t grid = Sides<kRowsAre>::row_grid(p)[a];
-      const int32_t i = first[a] + p.window[a].dilation * point[a];
-      exists = exists && i < grid;
-      token = token * grid + i;
-    }
-    if (!exists) token = -1;
+    for (int h = 0; h < 2; ++h) {
+      token[h] = 0;
+      in_grid[h] = point[h][0] >= 0;
+      bool exists = in_grid[h];
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      if (!in_grid) {  // such a row is not stored or stored as zeros: it needs no mask
-        lo[a] = -kEverything;
-        hi[a] = kEverything;
+      for (int a = 0; a < kMaxRank; ++a) {
+        const Interval seen = table.interval[entry[h][a]];
+        lo[h][a] = seen.lo - table.lo[a];
+        hi[h][a] = seen.hi - table.lo[a];
+        in_grid[h] = in_grid[h] && seen.in_grid;
+        const int32_t grid = Sides<kRowsAre>::row_grid(p)[a];
+        const int32_t i = table.first[a] + p.window[a].dilation * point[h][a];
+        exists = exists && i < grid;
+        token[h] = token[h] * grid + i;
       }
-      common_lo[a] = ptx::warp_max(lo[a]);
-      common_hi[a] = ptx::warp_min(hi[a]);
+      if (!exists) token[h] = -1;
+      if (in_grid[h]) continue;
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {  // not stored, or stored as zeros: needs no mask
+        lo[h][a] = -kEverything;
+        hi[h][a] = kEverything;
+      }
+    }
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      common_lo[a] = ptx::warp_max(max(lo[0][a], lo[1][a]));
+      common_hi[a] = ptx::warp_min(min(hi[0][a], hi[1][a]));
     }
   }
 
   // Whether all rows see the whole box at hand, of which every column exists.
-  __device__ __forceinline__ bool all_see(const BoxWalk& walk, const BoxOrder& box) const {
+  __device__ __forceinline__ bool all_see(const BoxWalk& walk, const Cut& cut) const {
     bool all = true;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
-      all = all && common_lo[a] <= walk.at[a] && walk.at[a] + box.extent[a] <= common_hi[a];
+      all = all && common_lo[a] <= walk.at[a] &&
+            walk.at[a] + cut.columns.extent[a] <= common_hi[a];
     }
     return all;
   }
@@ -297,15 +304,20 @@ struct RowView {
   template <int kColumns>
   __device__ __forceinline__ LaneMask<kColumns> mask(const ColumnSets<kColumns>& sets,
                                                      const BoxWalk& walk,
-                                                     const BoxOrder& box) const {
-    int32_t from[kMaxRank], to[kMaxRank];
+                                                     const Cut& cut) const {
+    LaneMask<kColumns> mask;
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      from[a] = lo[a] - walk.at[a];
-      to[a] = hi[a] - walk.at[a];
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int w = 0; w < LaneMask<kColumns>::kWords; ++w) mask.bits[h][w] = ~0u;
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        if (a < cut.group_axis) continue;  // the grid has no such axis
+        sets.restrict_to(&mask, h, cut.columns, a, lo[h][a] - walk.at[a],
+                         hi[h][a] - walk.at[a]);
+      }
     }
-    const int half = threadIdx.x % kWarpLanes / kWarpRows;
-    return LaneMask<kColumns>(sets.select(box, half, from, to));
+    return mask;
   }
 };
 

@@ -14,11 +14,11 @@ template <int kDim>
 struct Forward;
 template <>
 struct Forward<32> {
-  static constexpr Variant kVariants[] = {{64, 1}, {64, 3}, {112, 3}, {128, 2}, {208, 2}};
+  static constexpr Variant kVariants[] = {{64, 1}, {112, 1}, {128, 1}, {208, 2}};
 };
 template <>
 struct Forward<64> {
-  static constexpr Variant kVariants[] = {{64, 1}, {64, 3}, {80, 3}, {96, 3}, {128, 2}};
+  static constexpr Variant kVariants[] = {{64, 1}, {80, 1}, {96, 1}, {96, 3}, {128, 2}};
 };
 template <>
 struct Forward<96> {
