@@ -65,6 +65,7 @@ cudaError_t forward_sm90(const ForwardCall& call, const HopperTiling& tiling,
   cut.group_axis = kMaxRank - p.rank;
   cut.rows = BoxOrder(tiling.row_box);
   cut.columns = BoxOrder(tiling.column_box);
+  for (int a = 0; a < kMaxRank; ++a) cut.column_extent[a] = Divisor(tiling.column_box[a]);
   int32_t cta[kMaxRank] = {tiling.row_box[0], tiling.row_box[1], tiling.row_box[2]};
   cta[cut.group_axis] *= tiling.groups;
   cut.ctas = TileGrid(p.query_grid, p.window, cta);

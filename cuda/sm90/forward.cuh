@@ -4,7 +4,8 @@
 //   producer    [tile 0] [keys 0] [values 0] [keys 1] [values 1] ... [tile 1] ...
 //   consumer    S0 = Q K0^T | softmax 0 | S1 = Q K1^T, O += P0 V0 | softmax 1 | ...
 //
-// The softmax of a box runs while the tensor cores add the values of the one before.
+// The softmax of a box runs while the tensor cores add the values of the one before, be that of
+// the same tile or of the last one, whose output is stored then.
 //
 // Warpgroups of a CTA either share the keys of neighbouring boxes of queries, which halves or
 // thirds the traffic, or are pipelines of their own, which suits small windows.
@@ -47,8 +48,7 @@ struct ForwardShape {
 
   static constexpr int kMemory = 227 * 1024 / kPipelines;  // of a pipeline
   static constexpr int kTables = 6 * 1024 / kPipelines + 5 * 1024;  // at most
-  // The next tile's queries and table come while consumers are at one, if there is room.
-  static constexpr int kTiles = kDim <= 192 ? 2 : 1;
+  static constexpr int kTiles = 2;  // of which queries and tables are there at once
   static constexpr int kFit =
       (kMemory - kTables - kTiles * kGroups * Rows::kAllBytes) / Columns::kAllBytes;
   static constexpr int kSlots = kFit < 16 ? kFit : 16;
@@ -60,7 +60,7 @@ struct ForwardShape {
     Ring<kSlots> ring;
     uint64_t tile_full[kTiles], tile_empty[kTiles];  // queries and table
     TileTable<kGroups> table[kTiles];
-    int32_t token[kGroups][kGroupRows];  // where the rows of the tile at hand go
+    int32_t token[kTiles][kGroups][kGroupRows];  // where the rows of a tile go
   };
   struct Shared {
     Pipeline pipeline[kPipelines];
@@ -123,12 +123,13 @@ __device__ __forceinline__ void produce(const ForwardPlan& plan, typename S::Pip
     if (!place.exists(p.query_grid)) continue;
     const uint32_t stage = wait_for_stage();
     auto& table = pipeline.table[stage];
-    fill_table<Side::kQueries>(&table, p, plan.cut, place);
+    const Visits visits = fill_table<Side::kQueries>(&table, p, plan.cut, place);
     __syncwarp();
+    const int32_t batch = static_cast<int32_t>(place.batch);
     if (elected) {
-      const int32_t batch = static_cast<int32_t>(place.batch);
       uint64_t* full = &pipeline.tile_full[stage];
       ptx::barrier_expect(full, S::kGroups * box_bytes<Rows>(plan.cut.rows.size));
+#pragma unroll
       for (int g = 0; g < S::kGroups; ++g) {
         int32_t at[kMaxRank];
 #pragma unroll
@@ -139,31 +140,37 @@ __device__ __forceinline__ void produce(const ForwardPlan& plan, typename S::Pip
         copy_block<Rows>(pipeline.query[stage][g], &plan.query, full, place.head * p.head_dim, at,
                          batch);
       }
-      const int32_t key_channel = place.key_head * p.head_dim;
-      const int32_t value_channel = place.key_head * p.value_dim;
-      const auto copy_columns = [&](const CUtensorMap* map, int32_t channel,
-                                    const int32_t(&at)[kMaxRank]) {
-        uint64_t* slot_full = pipeline.ring.begin_copy(position, box_bytes<Columns>(box.size));
-        copy_block<Columns>(pipeline.column[pipeline.ring.slot(position)], map, slot_full,
-                            channel, at, batch);
-        ++position;
-      };
-      BoxWalk walk;
-      for (int32_t i = 0; i < table.boxes; ++i) {
-        const bool in_grid = i < table.grid_boxes;
-        int32_t at[kMaxRank] = {0, 0, (i - table.grid_boxes) * box.size};
-        if (in_grid) {
-#pragma unroll
-          for (int a = 0; a < kMaxRank; ++a) {
-            at[a] = table.start[a] + p.window[a].dilation * walk.at[a];
-          }
-          walk.advance(table.length, box);
-        }
-        copy_columns(in_grid ? &plan.key : &plan.additional_key, key_channel, at);
-        copy_columns(in_grid ? &plan.value : &plan.additional_value, value_channel, at);
-      }
     }
-    __syncwarp();
+    const int32_t key_channel = place.key_head * p.head_dim;
+    const int32_t value_channel = place.key_head * p.value_dim;
+    const auto copy_columns = [&](const CUtensorMap& keys, const CUtensorMap& values,
+                                  const int32_t(&at)[kMaxRank]) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t slot = pipeline.ring.slot(position);
+        pipeline.ring.wait_empty(position);
+        if (elected) {
+          uint64_t* full = pipeline.ring.expect(position, box_bytes<Columns>(box.size));
+          copy_block<Columns>(pipeline.column[slot], i == 0 ? &keys : &values, full,
+                              i == 0 ? key_channel : value_channel, at, batch);
+        }
+        ++position;
+      }
+    };
+    BoxWalk walk;
+    for (int32_t i = 0; i < visits.grid_boxes; ++i) {
+      int32_t at[kMaxRank];
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        at[a] = visits.start[a] + p.window[a].dilation * walk.at[a];
+      }
+      copy_columns(plan.key, plan.value, at);
+      walk.advance(visits.length, box);
+    }
+    for (int32_t i = 0; i < visits.boxes - visits.grid_boxes; ++i) {
+      const int32_t at[kMaxRank] = {0, 0, i * box.size};
+      copy_columns(plan.additional_key, plan.additional_value, at);
+    }
     ++round;
   }
   const uint32_t stage = wait_for_stage();
@@ -202,12 +209,61 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
   const Turns<S::kGroups, S::kTakeTurns> turns(group);
   RowView view;
   view.place<S::kGroups>(cut, group);
+  OnlineSoftmax softmax;
+  float sums[S::kDim / 2];
+  uint32_t weights[kColumns / 4];
+  bool pending = false;    // there are weights whose values are to be added,
+  uint32_t values = 0;     // at this position,
+  int32_t passed = 0;      // so many boxes ago,
+  bool due = false;        // and then the sums are complete,
+  uint32_t due_stage = 0;  // those of this tile,
+  float factor[2];         // to be multiplied by this
+
+  const auto add_values = [&] {
+    ring.wait(values);
+    pin(sums);
+    pin(weights);
+    products_begin();
+    multiply_rows<T, Columns>(sums, weights, block(values));
+    products_commit();
+  };
+  const auto values_added = [&] {
+    products_wait<0>();
+    pin(sums);
+    release(values);
+    pending = false;
+  };
+  const auto store_output = [&](uint32_t stage) {
+    const auto& table = pipeline.table[stage];
+    uint8_t* staging = pipeline.query[stage][group];
+    const int64_t row = table.batch * p.query_tokens() * p.heads + table.head;
+    group_barrier(consumer);  // all warps are done with these queries
+    put_rows<T, Rows>(staging, sums, factor);
+    __syncwarp();
+    store_rows<T, Rows>(staging, pipeline.token[stage][group],
+                        static_cast<T*>(plan.call.out) + row * p.value_dim,
+                        int64_t{p.heads} * p.value_dim, p.value_dim);
+    ptx::fence_async_proxy();  // before the next queries come
+    __syncwarp();
+    if (elected) ptx::barrier_arrive(&pipeline.tile_empty[stage]);
+    clear(sums);
+    due = false;
+  };
+  const auto finish_pending = [&] {
+    if (pending) {
+      add_values();
+      values_added();
+    }
+    if (due) store_output(due_stage);
+  };
+
+  clear(sums);
   uint32_t base = 0;  // position of the tile's first block
   for (uint32_t round = 0;; ++round) {
     const uint32_t stage = round % S::kTiles;
     ptx::barrier_wait(&pipeline.tile_full[stage], round / S::kTiles % 2);
     const auto& table = pipeline.table[stage];
-    if (table.end) return;
+    if (table.end) break;
     const uint32_t queries = ptx::shared_address(pipeline.query[stage][group]);
     if (p.head_dim < S::kDim) {
       clear_padding<Rows>(pipeline.query[stage][group], p.head_dim);
@@ -215,39 +271,41 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
     }
     view.read<Side::kQueries>(table, p);
     const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
-    int32_t i = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
-    const auto key_position = [&](int32_t i) { return base + 2 * i; };
-    const auto value_position = [&](int32_t i) { return base + 2 * i + 1; };
-    const auto pass_by = [&](int32_t from, int32_t to) {  // boxes that the warpgroup does not see
-#pragma unroll 1
-      for (int32_t i = from; i < to; ++i) {
-        turns.wait();
-        turns.pass();
-        ring.wait(key_position(i));
-        release(key_position(i));
-        ring.wait(value_position(i));
-        release(value_position(i));
-      }
-    };
-
-    OnlineSoftmax softmax;
-    float sums[S::kDim / 2];
-#pragma unroll
-    for (float& sum : sums) sum = 0;
+    int32_t i = 0, next = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
     BoxWalk walk, weighed;  // to the next box; to the last one
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       walk.at[a] = a == cut.group_axis ? table.first_at[group] : 0;
     }
 
-    // Makes weights of the scores of box `at`; true if the sums are to be rescaled.
-    const auto weigh = [&](float(&scores)[kColumns / 2], int32_t at) {
+    // Box i: its scores, the values of the box before, its softmax.
+    const auto visit = [&](int32_t i, auto has_pending) {
+      constexpr bool kPending = decltype(has_pending)::value;
+      float scores[kColumns / 2];
+      ring.wait(base + 2 * i);
+      turns.wait();
+      pin(scores);
+      products_begin();
+      multiply_channels<T, Rows, Columns>(scores, queries, block(base + 2 * i));
+      products_commit();
+      if constexpr (kPending) {
+        add_values();
+        turns.pass();
+        products_wait<1>();
+      } else {
+        turns.pass();
+        products_wait<0>();
+      }
+      pin(scores);
+      release(base + 2 * i);
+
+      // ---- Softmax ----
       if (prescaled) {
 #pragma unroll
         for (float& score : scores) score *= scale;
       }
-      if (at >= grid_boxes) {
-        const int32_t left = min(p.additional - (at - grid_boxes) * box.size, box.size);
+      if (i >= grid_boxes) {
+        const int32_t left = min(p.additional - (i - grid_boxes) * box.size, box.size);
         if (left < kColumns) hide<kColumns>(scores, LaneMask<kColumns>::leading(left));
       } else {
         if constexpr (kHasBias) {
@@ -263,106 +321,72 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
         weighed = walk;
         walk.advance(table.length, box);
       }
-      return softmax.weigh(scores, log2_scale);
-    };
-    const auto clean_values = [&](int32_t at) {
-      if (p.frame == nullptr || at >= grid_boxes) return;
-      clear_overhang<Columns>(pipeline.column[ring.slot(value_position(at))], table, weighed,
-                              box);
-      group_barrier(consumer);
+      const bool grown = softmax.weigh(scores, log2_scale);
+
+      if constexpr (kPending) values_added();
+      if (due) {
+        store_output(due_stage);
+      } else if (grown) {
+        softmax.rescale(sums);
+      }
+      pack_all<T>(weights, scores);
+      values = base + 2 * i + 1;
+      pending = true;
+      passed = 0;
+      if (p.frame != nullptr && i < grid_boxes) {  // what lies beyond the frame is no number
+        ring.wait(values);
+        clear_overhang<Columns>(pipeline.column[ring.slot(values)], table, weighed, box);
+        group_barrier(consumer);
+      }
     };
 
-    pass_by(0, i);
-    for (int run = 0; run < 2; ++run) {  // the boxes in the grid, then those of additional keys
-      if (i < last) {
-        uint32_t weights[kColumns / 4];
-        {
-          float scores[kColumns / 2];
-          ring.wait(key_position(i));
-          turns.wait();
-          pin(scores);
-          products_begin();
-          multiply_channels<T, Rows, Columns>(scores, queries, block(key_position(i)));
-          products_commit();
-          turns.pass();
-          products_wait<0>();
-          pin(scores);
-          release(key_position(i));
-          if (weigh(scores, i)) softmax.rescale(sums);
-          pack_all<T>(weights, scores);
-        }
-        for (++i; i < last; ++i) {
-          float scores[kColumns / 2];
-          ring.wait(key_position(i));
-          turns.wait();
-          pin(scores);
-          products_begin();
-          multiply_channels<T, Rows, Columns>(scores, queries, block(key_position(i)));
-          products_commit();
-          ring.wait(value_position(i - 1));
-          clean_values(i - 1);
-          pin(sums);
-          pin(weights);
-          products_begin();
-          multiply_rows<T, Columns>(sums, weights, block(value_position(i - 1)));
-          products_commit();
-          turns.pass();
-          products_wait<1>();
-          pin(scores);
-          release(key_position(i));
-          const bool grown = weigh(scores, i);
-          products_wait<0>();
-          pin(sums);
-          release(value_position(i - 1));
-          if (grown) softmax.rescale(sums);
-          pack_all<T>(weights, scores);
-        }
-        ring.wait(value_position(i - 1));
-        clean_values(i - 1);
-        pin(sums);
-        pin(weights);
-        products_begin();
-        multiply_rows<T, Columns>(sums, weights, block(value_position(i - 1)));
-        products_commit();
-        products_wait<0>();
-        pin(sums);
-        release(value_position(i - 1));
+    for (int run = 0; run < 2; ++run) {  // boxes in the grid, then those of additional keys
+      // What the warpgroup does not see. The ring must not have to wait for pending values.
+      passed += next - i;
+      if (passed > (S::kSlots - 2) / 2) finish_pending();
+#pragma unroll 1
+      for (; i < next; ++i) {
+        turns.wait();
+        turns.pass();
+        ring.wait(base + 2 * i);
+        release(base + 2 * i);
+        ring.wait(base + 2 * i + 1);
+        release(base + 2 * i + 1);
       }
-      if (run == 0) {
-        pass_by(i, grid_boxes);
-        i = grid_boxes;
-        last = boxes;
+#pragma unroll 1
+      for (; i < last; ++i) {
+        if (pending) {
+          visit(i, std::true_type{});
+        } else {
+          visit(i, std::false_type{});
+        }
       }
+      next = grid_boxes;
+      last = boxes;
     }
     base += 2 * boxes;
 
+    // ---- The tile is done but for its last values ----
+    if (due) finish_pending();  // it saw nothing, so that the one before still waits
     softmax.finish();
-    float factor[2];
-    const int64_t first_row = table.batch * p.query_tokens() * p.heads + table.head;
-    float* lse = static_cast<float*>(plan.call.lse) + first_row;
-    int32_t* tokens = pipeline.token[group];
+    const int64_t row = table.batch * p.query_tokens() * p.heads + table.head;
+    float* lse = static_cast<float*>(plan.call.lse) + row;
     const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
-    __syncwarp();  // all have read the tokens of the tile before
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       factor[h] = 1 / softmax.total[h];
       if (threadIdx.x % 4 != 0) continue;
       const bool empty = !view.in_grid[h] || softmax.total[h] == 0;
       const int32_t token = view.token[h];
-      tokens[warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h] =
+      pipeline.token[stage][group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h] =
           token < 0 ? kNoToken : empty ? ~token : token;
       if (token >= 0) lse[int64_t{token} * p.heads] = empty ? -kInfinity : softmax.lse(h);
     }
-    group_barrier(consumer);  // the queries are no longer read
-    put_rows<T, Rows>(pipeline.query[stage][group], sums, factor);
-    __syncwarp();
-    store_rows<T, Rows>(pipeline.query[stage][group], tokens,
-                        static_cast<T*>(plan.call.out) + first_row * p.value_dim,
-                        int64_t{p.heads} * p.value_dim, p.value_dim);
-    ptx::fence_async_proxy();  // before the next queries come
-    __syncwarp();
-    if (elected) ptx::barrier_arrive(&pipeline.tile_empty[stage]);
+    softmax = OnlineSoftmax();
+    due = true;
+    due_stage = stage;
   }
+  finish_pending();
 }
 
 // ---- Kernel ------------------------------------------------------------------------------

@@ -26,12 +26,14 @@ struct Ring {
     }
   }
 
-  // Producer: waits for the slot and announces `bytes`. Returns the barrier of the copies.
-  __device__ __forceinline__ uint64_t* begin_copy(uint32_t position, uint32_t bytes) {
-    const uint32_t at = slot(position);
-    ptx::barrier_wait(&empty[at], parity(position) ^ 1);
-    ptx::barrier_expect(&full[at], bytes);
-    return &full[at];
+  // Producer. `expect` announces `bytes` and returns the barrier of their copies.
+  __device__ __forceinline__ void wait_empty(uint32_t position) {
+    ptx::barrier_wait(&empty[slot(position)], parity(position) ^ 1);
+  }
+  __device__ __forceinline__ uint64_t* expect(uint32_t position, uint32_t bytes) {
+    uint64_t* barrier = &full[slot(position)];
+    ptx::barrier_expect(barrier, bytes);
+    return barrier;
   }
 
   // Consumers.

@@ -37,6 +37,7 @@ struct Cut {
   TileGrid ctas;      // tiles of all warpgroups of a CTA together
   BoxOrder rows;      // of one warpgroup
   BoxOrder columns;   // of a box
+  Divisor column_extent[kMaxRank];
   int32_t group_axis;
 };
 
@@ -51,89 +52,116 @@ struct TileTable {
   int32_t first[kMaxRank];      // local index of the first token
   Interval interval[kEntries];  // of the coordinates of axis 0, then 1, then 2
   int32_t lo[kMaxRank];         // first relative class index of the union
-  int32_t start[kMaxRank];      // its local index
   int32_t length[kMaxRank];     // of the union, in class steps
   int32_t grid_boxes, boxes;    // without and with those of additional keys
   int32_t first_box[kGroups], last_box[kGroups];  // the run that a warpgroup sees, half-open
   int32_t first_at[kGroups];  // where the run begins on the group axis, from the union's start
 };
 
+// The boxes that the warpgroups of a CTA visit together.
+struct Visits {
+  int32_t start[kMaxRank];   // local index of the first column
+  int32_t length[kMaxRank];  // of the union, in class steps
+  int32_t grid_boxes, boxes;
+};
+
 // Fills the table of a tile; to be called by one whole warp.
 template <Side kRowsAre, int kGroups>
-__device__ __forceinline__ void fill_table(TileTable<kGroups>* table, const Problem& p,
-                                           const Cut& cut, const TilePlace& place) {
+__device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Problem& p,
+                                             const Cut& cut, const TilePlace& place) {
   using S = Sides<kRowsAre>;
   const int lane = threadIdx.x % kWarpLanes;
-  const int64_t batch = place.batch;
   const int32_t(&first)[kMaxRank] = place.first;
-  const auto entries = [&](int a) {
-    return cut.rows.extent[a] * (a == cut.group_axis ? kGroups : 1);
-  };
+  const int axis_0 = cut.group_axis;  // a lane's axis relative to it is -1 or more
+  const auto entries = [&](int a) { return cut.rows.extent[a] * (a == axis_0 ? kGroups : 1); };
   const int32_t end_0 = entries(0), end_1 = end_0 + entries(1), end_2 = end_1 + entries(2);
+
+  // The unions of the group axis, one per warpgroup, then those of the other axes.
+  constexpr int kUnions = kGroups + kMaxRank - 1;
+  int32_t lo[kUnions], hi[kUnions];
+#pragma unroll
+  for (int u = 0; u < kUnions; ++u) {
+    lo[u] = kNoLo;
+    hi[u] = kNoHi;
+  }
 #pragma unroll 1
   for (int e = lane; e < end_2; e += kWarpLanes) {
     const int axis = e < end_0 ? 0 : e < end_1 ? 1 : 2;
     const int32_t i = e - (axis == 0 ? 0 : axis == 1 ? end_0 : end_1);
     const int32_t start = axis == 0 ? first[0] : axis == 1 ? first[1] : first[2];
-    table->interval[e] = S::interval(p, p.axis_frame(batch, axis), axis, start, i);
+    const Interval seen = S::interval(p, p.axis_frame(place.batch, axis), axis, start, i);
+    table->interval[e] = seen;
+    int own = kGroups + axis - (axis > axis_0 ? 1 : 0);
+    if (axis == axis_0) {
+      own = 0;
+#pragma unroll
+      for (int g = 1; g < kGroups; ++g) own += i >= g * cut.rows.extent[axis] ? 1 : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnions; ++u) {
+      lo[u] = min(lo[u], own == u ? seen.lo : kNoLo);
+      hi[u] = max(hi[u], own == u ? seen.hi : kNoHi);
+    }
   }
-  __syncwarp();
+#pragma unroll
+  for (int u = 0; u < kUnions; ++u) {
+    lo[u] = ptx::warp_min(lo[u]);
+    hi[u] = ptx::warp_max(hi[u]);
+  }
 
-  int32_t boxes = 1, begin = 0;
-#pragma unroll 1
-  for (int a = 0; a < kMaxRank; ++a) {
-    const int32_t extent = cut.rows.extent[a], box = cut.columns.extent[a];
-    const bool grouped = a == cut.group_axis;
-    int32_t lo[kGroups], hi[kGroups], least = kNoLo, most = kNoHi;
+  Visits visits;
+  visits.grid_boxes = 1;
+  int32_t inner = 1;  // boxes of one step along the group axis
+  int32_t least[kMaxRank];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      lo[g] = kNoLo;
-      hi[g] = kNoHi;
-      if (g > 0 && !grouped) continue;
-      for (int i = lane; i < extent; i += kWarpLanes) {
-        lo[g] = min(lo[g], table->interval[begin + i].lo);
-        hi[g] = max(hi[g], table->interval[begin + i].hi);
-      }
-      begin += extent;
-      lo[g] = ptx::warp_min(lo[g]);
-      hi[g] = ptx::warp_max(hi[g]);
-      least = min(least, lo[g]);
-      most = max(most, hi[g]);
-    }
-    const int32_t length = max(0, most - least);
-    const int32_t count = (length + box - 1) / box;
-    boxes *= count;
-    if (lane > 0) continue;
-    const int32_t start = a == 0 ? first[0] : a == 1 ? first[1] : first[2];
-    table->lo[a] = least;
-    table->start[a] = S::origin(p, p.axis_frame(batch, a), a, start) +
-                      p.window[a].dilation * (length > 0 ? least : 0);
-    table->length[a] = length;
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    int32_t low = kNoLo, high = kNoHi;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (grouped) {
-        const bool any = lo[g] < hi[g];
-        table->first_box[g] = any ? (lo[g] - least) / box : 0;
-        table->last_box[g] = any ? (hi[g] - 1 - least) / box + 1 : 0;
-        table->first_at[g] = table->first_box[g] * box;
-      } else if (a > cut.group_axis) {
-        table->first_box[g] *= count;
-        table->last_box[g] *= count;
-      }
+    for (int u = 0; u < kUnions; ++u) {
+      const int axis = u < kGroups ? axis_0 : u - kGroups < axis_0 ? u - kGroups : u - kGroups + 1;
+      low = axis == a ? min(low, lo[u]) : low;
+      high = axis == a ? max(high, hi[u]) : high;
     }
+    least[a] = low;
+    visits.length[a] = max(0, high - low);
+    visits.start[a] = S::origin(p, p.axis_frame(place.batch, a), a, first[a]) +
+                      (high > low ? p.window[a].dilation * low : 0);
+    const int32_t count =
+        cut.column_extent[a].quotient(visits.length[a] + cut.columns.extent[a] - 1);
+    visits.grid_boxes *= count;
+    inner *= a > axis_0 ? count : 1;
   }
+  int32_t lists = 0;
+  if (kRowsAre == Side::kQueries && p.additional > 0) {
+    lists = (p.additional + cut.columns.size - 1) / cut.columns.size;
+  }
+  visits.boxes = visits.grid_boxes + lists;
+
   if (lane == 0) {
     table->end = false;
-    table->batch = batch;
+    table->batch = place.batch;
     table->head = place.head;
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) table->first[a] = first[a];
-    table->grid_boxes = boxes;
-    const int32_t lists = kRowsAre == Side::kQueries
-                              ? (p.additional + cut.columns.size - 1) / cut.columns.size
-                              : 0;
-    table->boxes = boxes + lists;
+    for (int a = 0; a < kMaxRank; ++a) {
+      table->first[a] = first[a];
+      table->lo[a] = least[a];
+      table->length[a] = visits.length[a];
+    }
+    table->grid_boxes = visits.grid_boxes;
+    table->boxes = visits.boxes;
+    const int32_t low = axis_0 == 0 ? least[0] : axis_0 == 1 ? least[1] : least[2];
+    const Divisor& extent = cut.column_extent[axis_0];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const bool any = lo[g] < hi[g] && visits.grid_boxes > 0;
+      const int32_t from = any ? extent.quotient(lo[g] - low) : 0;
+      const int32_t to = any ? extent.quotient(hi[g] - 1 - low) + 1 : 0;
+      table->first_box[g] = from * inner;
+      table->last_box[g] = to * inner;
+      table->first_at[g] = from * extent.value;
+    }
   }
+  return visits;
 }
 
 // Position of a walk over the boxes of a tile, in class steps from the start of the union.

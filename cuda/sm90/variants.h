@@ -14,11 +14,11 @@ template <int kDim>
 struct Forward;
 template <>
 struct Forward<32> {
-  static constexpr Variant kVariants[] = {{64, 1}, {112, 1}, {128, 1}, {208, 2}};
+  static constexpr Variant kVariants[] = {{64, 1}, {96, 1}, {112, 1}, {128, 1}};
 };
 template <>
 struct Forward<64> {
-  static constexpr Variant kVariants[] = {{64, 1}, {80, 1}, {96, 1}, {96, 3}, {128, 2}};
+  static constexpr Variant kVariants[] = {{64, 1}, {80, 1}, {96, 1}, {112, 1}, {128, 1}, {128, 2}};
 };
 template <>
 struct Forward<96> {
@@ -26,7 +26,7 @@ struct Forward<96> {
 };
 template <>
 struct Forward<128> {
-  static constexpr Variant kVariants[] = {{64, 3}, {80, 2}, {128, 2}, {144, 2}};
+  static constexpr Variant kVariants[] = {{64, 3}, {80, 2}, {128, 2}, {144, 2}, {176, 2}};
 };
 template <>
 struct Forward<192> {
@@ -34,7 +34,7 @@ struct Forward<192> {
 };
 template <>
 struct Forward<256> {
-  static constexpr Variant kVariants[] = {{64, 2}};
+  static constexpr Variant kVariants[] = {{48, 2}};
 };
 
 // Head and value dimensions are padded to one of these; 0 where they are too large.

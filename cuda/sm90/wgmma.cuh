@@ -85,6 +85,12 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+template <typename Register, int kCount>
+__device__ __forceinline__ void clear(Register (&registers)[kCount]) {
+#pragma unroll
+  for (Register& r : registers) r = 0;
+}
+
 // ---- wgmma.mma_async.m64nNk16.f32 --------------------------------------------------------
 
 // Lane l of warp w holds of d: element 4 n + 2 h + i is row 16 w + 8 h + l / 4, column
