@@ -43,8 +43,12 @@ struct AxisRange {
   int32_t bias_row;
 };
 
+// Of a >= 0. Most windows have neither stride nor dilation, and division is slow.
+JAX_NA_INLINE int32_t quotient(int32_t a, int32_t b) { return b == 1 ? a : a / b; }
+
 // C++ division truncates; indices before the start of the grid need the floor.
 JAX_NA_INLINE int32_t floor_div(int32_t a, int32_t b) {
+  if (b == 1) return a;
   const int32_t q = a / b;
   return q - (a % b != 0 && (a < 0) != (b < 0));
 }
@@ -60,7 +64,7 @@ struct ClassInterval {
 // The keys [lo, hi) that query `p` of a class of `n` tokens sees.
 JAX_NA_INLINE ClassInterval class_keys_of_query(const AxisWindow& w, int32_t p, int32_t n) {
   const int32_t k = w.kernel_size, s = w.stride;
-  const int32_t base = p / s * s;
+  const int32_t base = quotient(p, s) * s;
   if (w.is_causal) {
     const int32_t leader = min_i32(base + s - 1, n - 1);
     return {max_i32(leader - k + 1, 0), p + 1};
@@ -76,10 +80,10 @@ JAX_NA_INLINE ClassInterval class_queries_of_key(const AxisWindow& w, int32_t j,
   ClassInterval q;
   if (w.is_causal) {
     q.begin = j;
-    q.end = j + k >= n ? n : (j + k) / s * s;
+    q.end = j + k >= n ? n : quotient(j + k, s) * s;
   } else {
     q.begin = j < k ? 0 : floor_div(j - (k - 1 - k / 2) + (s - s / 2 - 1), s) * s;
-    q.end = j >= n - k ? n : (j + k / 2 + (s - s / 2)) / s * s;
+    q.end = j >= n - k ? n : quotient(j + k / 2 + (s - s / 2), s) * s;
   }
   q.begin = max_i32(q.begin, 0);
   q.end = min_i32(q.end, n);
@@ -109,8 +113,8 @@ JAX_NA_INLINE bool query_in_grid(const AxisFrame& f, int32_t query) {
 JAX_NA_INLINE AxisRange keys_of_query(const AxisWindow& w, const AxisFrame& f, int32_t query) {
   const int32_t i = f.query_origin + query;
   if (i < 0 || i >= f.length) return {0, 0, 0};
-  const int32_t residue = i % w.dilation, p = i / w.dilation;
-  const int32_t n = (f.length - residue + w.dilation - 1) / w.dilation;
+  const int32_t p = quotient(i, w.dilation), residue = i - p * w.dilation;
+  const int32_t n = quotient(f.length - residue + w.dilation - 1, w.dilation);
   int32_t first;
   AxisRange r = to_local(class_keys_of_query(w, p, n), residue, w.dilation, f.key_origin,
                          f.key_length, &first);
@@ -124,8 +128,8 @@ JAX_NA_INLINE AxisRange keys_of_query(const AxisWindow& w, const AxisFrame& f, i
 JAX_NA_INLINE int32_t first_bias_row(const AxisWindow& w, const AxisFrame& f, int32_t query) {
   const int32_t i = f.query_origin + query;
   if (i < 0 || i >= f.length) return 0;
-  const int32_t residue = i % w.dilation, p = i / w.dilation;
-  const int32_t n = (f.length - residue + w.dilation - 1) / w.dilation;
+  const int32_t p = quotient(i, w.dilation), residue = i - p * w.dilation;
+  const int32_t n = quotient(f.length - residue + w.dilation - 1, w.dilation);
   return class_keys_of_query(w, p, n).begin - p + w.kernel_size - 1;
 }
 
@@ -133,8 +137,8 @@ JAX_NA_INLINE int32_t first_bias_row(const AxisWindow& w, const AxisFrame& f, in
 JAX_NA_INLINE AxisRange queries_of_key(const AxisWindow& w, const AxisFrame& f, int32_t key) {
   const int32_t i = f.key_origin + key;
   if (i < 0 || i >= f.length) return {0, 0, 0};
-  const int32_t residue = i % w.dilation, j = i / w.dilation;
-  const int32_t n = (f.length - residue + w.dilation - 1) / w.dilation;
+  const int32_t j = quotient(i, w.dilation), residue = i - j * w.dilation;
+  const int32_t n = quotient(f.length - residue + w.dilation - 1, w.dilation);
   int32_t first;
   AxisRange r = to_local(class_queries_of_key(w, j, n), residue, w.dilation, f.query_origin,
                          f.query_length, &first);

@@ -73,6 +73,7 @@ struct BoxOrder {
 struct TileGrid {
   BoxOrder tile;                   // of tokens
   BoxOrder order;                  // of tiles: classes, and in a class from its start
+  Divisor divide_size;             // by the number of tiles
   Divisor per_class[kMaxRank];     // tiles of one class of an axis
 
   TileGrid() = default;
@@ -88,6 +89,7 @@ struct TileGrid {
       count[a] = tiles * min_i32(d, grid[a]);
     }
     order = BoxOrder(count);
+    divide_size = Divisor(max_i32(order.size, 1));
   }
 
   // The local index of the first token of tile `index` on every axis.

@@ -20,8 +20,7 @@ struct TilePlace {
                                        const Divisor& key_heads) {
     int32_t member = index;
     int32_t tile = group.split(&member);
-    key_head = tile / grid.order.size;
-    tile -= key_head * grid.order.size;
+    key_head = grid.divide_size.split(&tile);
     batch = key_heads.split(&key_head);
     head = key_head * group.value + member;
     grid.first_token(tile, window, first);

@@ -1,0 +1,135 @@
+// The PTX instructions of the Hopper kernels (sm_90a) beside those of cuda/ptx.cuh: barriers in
+// shared memory, tensor copies (TMA), warpgroup registers. Products are in wgmma.cuh.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "../ptx.cuh"
+
+namespace jax_na::cuda::ptx {
+
+// ---- mbarrier --------------------------------------------------------------------------
+
+// mbarrier.init
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
+               "r"(arrivals));
+}
+
+// fence.mbarrier_init: makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+// mbarrier.arrive
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// mbarrier.arrive.expect_tx: arrives, and has the phase wait for so many bytes.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// mbarrier.try_wait.parity, until the phase of this parity is complete.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra passed;\n"
+      "bra again;\n"
+      "passed:\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- Tensor copies ---------------------------------------------------------------------
+
+// prefetch.tensormap
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// cp.async.bulk.tensor.5d: a box from global to shared memory; completes on `barrier`. What
+// lies outside the tensor becomes zeros.
+__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier,
+                                         int32_t channel, const int32_t (&at)[3],
+                                         int32_t batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];\n" ::"r"(shared_address(to)),
+      "l"(map), "r"(channel), "r"(at[2]), "r"(at[1]), "r"(at[0]), "r"(batch),
+      "r"(shared_address(barrier))
+      : "memory");
+}
+
+// cp.reduce.async.bulk.tensor.5d.add: adds a box of shared memory to global memory. No
+// coordinate may be negative; what lies past the end is dropped.
+__device__ __forceinline__ void add_box(const CUtensorMap* map, const void* from,
+                                        int32_t channel, const int32_t (&at)[3],
+                                        int32_t batch) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.bulk_group "
+      "[%0, {%1, %2, %3, %4, %5}], [%6];\n" ::"l"(map),
+      "r"(channel), "r"(at[2]), "r"(at[1]), "r"(at[0]), "r"(batch), "r"(shared_address(from))
+      : "memory");
+}
+
+// cp.async.bulk.commit_group
+__device__ __forceinline__ void commit_boxes() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+
+// cp.async.bulk.wait_group.read: at most `kPending` groups still read shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_boxes_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
+}
+
+// fence.proxy.async: ordinary accesses of shared memory before, those of the tensor cores and
+// of the copy engine after.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// stmatrix.x4: four 8x8 matrices of 16-bit elements, as load_matrices.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b,
+                                               uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
+                   address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// ---- Warpgroups ------------------------------------------------------------------------
+
+// bar.sync: waits for `threads` threads at the named barrier; 0 is __syncthreads'.
+__device__ __forceinline__ void named_barrier(int name, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(threads) : "memory");
+}
+
+// bar.arrive: counts at the named barrier without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(name), "r"(threads) : "memory");
+}
+
+// setmaxnreg: registers per thread of this warpgroup from here on.
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+}  // namespace jax_na::cuda::ptx

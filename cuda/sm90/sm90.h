@@ -1,0 +1,28 @@
+// The fused kernels for Hopper: warpgroup products and tensor copies, sm_90a only.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../../ffi/problem.h"
+
+namespace jax_na::cuda {
+
+// How a pass is cut. A CTA owns a box of at most 64 rows per warpgroup, `groups` of them next to
+// each other on the caller's first axis, and visits boxes of at most `columns` tokens. The kernel
+// is the one that was compiled for these groups and columns (see sm90/variants.h).
+struct HopperTiling {
+  int32_t row_box[kMaxRank];     // of a warpgroup
+  int32_t column_box[kMaxRank];
+  int32_t groups;
+  int32_t columns;
+};
+
+// Element types kF16 and kBF16; head_dim and value_dim multiples of 8 up to 256. Without sums in
+// shared order: results are bitwise equal in every run. cudaErrorInvalidValue where a problem or
+// a tiling is outside of what is compiled.
+cudaError_t forward_sm90(const ForwardCall& call, const HopperTiling& tiling,
+                         cudaStream_t stream);
+
+}  // namespace jax_na::cuda
