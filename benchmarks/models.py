@@ -10,6 +10,9 @@ table with the gain of the fused kernels over the naive ones beside the paper's.
 GPU the cases are those of the published tables, on a CPU smaller ones. ``--profile``
 tells instead where the time of a training step goes, and how much of it layout changes
 around the attention kernels take.
+
+For a GPU XLA compiles a training step of NAT-Mini for a minute on one core. The programs of
+a case, and with ``--together 4`` those of four cases, are compiled at the same time.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -212,47 +215,76 @@ def medians(runs: Mapping[str, Run], rounds: int, calls: int) -> dict[str, float
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def measure(
-    case: Case, implementations: Sequence[str], rounds: int, calls: int
-) -> list[Measurement]:
-    model = make_model(case)
-    results = {name: Measurement(case, name) for name in implementations}
+class Contest:
+    """One case by every implementation: compiled in the background, then timed."""
 
-    def attempt(name: str, action: Callable[[], Any]) -> Any:
+    def __init__(
+        self,
+        case: Case,
+        implementations: Sequence[str],
+        pool: concurrent.futures.Executor,
+    ) -> None:
+        self.case = case
+        self.results = {name: Measurement(case, name) for name in implementations}
+        self._programs: dict[tuple[str, str], Program] = {}
+        self._executables: dict[tuple[str, str], concurrent.futures.Future] = {}
+        model = make_model(case)
+        for name, kind in itertools.product(implementations, PASSES):
+            own = with_implementation(model, name)
+            program = self._attempt(
+                name, functools.partial(make_program, case, own, kind)
+            )
+            if program is not None:
+                self._programs[kind, name] = program
+                self._executables[kind, name] = pool.submit(program.lowered.compile)
+
+    def _attempt(self, name: str, action: Callable[[], Any]) -> Any:
         """One that lacks support or memory must not end the comparison."""
         try:
             return action()
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
             refusal = str(error).splitlines()[0]
-            results[name] = dataclasses.replace(results[name], refusal=refusal)
+            result = dataclasses.replace(self.results[name], refusal=refusal)
+            self.results[name] = result
 
-    def make(name: str, kind: str) -> Program:
-        return make_program(case, with_implementation(model, name), kind)
+    def wait(self) -> None:
+        concurrent.futures.wait(self._executables.values())
 
-    # XLA compiles the programs at the same time; nothing is timed until it is done.
-    programs, compiling = {}, {}
+    def measure(self, rounds: int, calls: int) -> list[Measurement]:
+        for kind in PASSES:
+            runs = {}
+            for name in self.results:
+                if (kind, name) not in self._programs:
+                    continue
+                executable = self._attempt(name, self._executables[kind, name].result)
+                if executable is None:
+                    continue
+                run = self._programs[kind, name].start(executable)
+                warm = functools.partial(lambda run: jax.block_until_ready(run()), run)
+                if self._attempt(name, warm) is not None:
+                    runs[name] = run
+            for name, seconds in medians(runs, rounds, calls).items():
+                rate = {kind: self.case.batch / seconds}
+                self.results[name] = dataclasses.replace(self.results[name], **rate)
+        return list(self.results.values())
+
+
+def measure_all(
+    cases: Sequence[Case],
+    implementations: Sequence[str],
+    rounds: int,
+    calls: int,
+    together: int,
+) -> Iterator[list[Measurement]]:
+    """Case by case; while any is timed, XLA compiles nothing."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for name, kind in itertools.product(implementations, PASSES):
-            program = attempt(name, functools.partial(make, name, kind))
-            if program is not None:
-                programs[kind, name] = program
-                compiling[kind, name] = pool.submit(program.lowered.compile)
-
-    for kind in PASSES:
-        runs = {}
-        for name in implementations:
-            if (kind, name) not in programs:
-                continue
-            executable = attempt(name, compiling[kind, name].result)
-            if executable is None:
-                continue
-            run = programs[kind, name].start(executable)
-            if attempt(name, lambda run=run: jax.block_until_ready(run())) is not None:
-                runs[name] = run
-        for name, seconds in medians(runs, rounds, calls).items():
-            rate = {kind: case.batch / seconds}
-            results[name] = dataclasses.replace(results[name], **rate)
-    return list(results.values())
+        for first in range(0, len(cases), together):
+            group = cases[first : first + together]
+            contests = [Contest(case, implementations, pool) for case in group]
+            for contest in contests:
+                contest.wait()
+            while contests:
+                yield contests.pop(0).measure(rounds, calls)
 
 
 # ---- Report --------------------------------------------------------------------------
@@ -324,6 +356,9 @@ def main() -> None:
     parser.add_argument("--implementations", nargs="*", default=IMPLEMENTATIONS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, help="per round; default 10, on a CPU 1")
+    parser.add_argument(
+        "--together", type=int, default=1, help="cases that are compiled at once"
+    )
     parser.add_argument("--profile", action="store_true", help="of fused, instead")
     parser.add_argument("--output", type=pathlib.Path, help="folder for results")
     args = parser.parse_args()
@@ -362,8 +397,9 @@ def main() -> None:
     header = "".join(f"{name:>9}" for name in args.implementations)
     tell(f"{'images per second':54}{header}{'gain':>9}")
     measured = []
-    for case in cases:
-        measured.append(measure(case, args.implementations, args.rounds, calls))
+    options = args.implementations, args.rounds, calls, args.together
+    for results in measure_all(cases, *options):
+        measured.append(results)
         records += map(dataclasses.asdict, measured[-1])
         tell("\n".join(rows(measured[-1])))
     tell("\n".join(summary(measured)))
