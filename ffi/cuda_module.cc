@@ -9,6 +9,7 @@
 #include "../cuda/fused/fused.h"
 #include "../cuda/kernels.h"
 #include "handlers.h"
+#include "hopper.h"
 #include "unfused.h"
 
 namespace nb = nanobind;
@@ -77,6 +78,9 @@ cuda::Tiling tiling(const ffi::Dictionary& attributes, const Problem& p, const c
 
 cudaError_t forward_fused(const ForwardCall& call, const ffi::Dictionary& attributes,
                           cudaStream_t stream) {
+  if (const auto hopper = hopper_forward(attributes, call.problem)) {
+    return cuda::forward_sm90(call, *hopper, stream);
+  }
   return cuda::forward_fused(call, tiling(attributes, call.problem, "query_tile", "key_box"),
                              attribute<bool>(attributes, "highest_precision"), stream);
 }

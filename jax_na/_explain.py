@@ -4,21 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
 import numpy as np
 
-from jax_na import _ops, _primitives, _support, _window
-from jax_na._launches import Launch, launches
-from jax_na._plan import Plan, make_plan
+from jax_na import _ops, _primitives, _support, _tiling, _tiling_sm90, _window
+from jax_na._launches import Launch, hopper_forward, launches
+from jax_na._plan import HopperPlan, Plan, make_plan
 from jax_na._problem import Operands, Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What runs a call on one kind of NVIDIA GPU.
+
+    Attributes:
+        boxes: of rows and columns that they work on, by gradient or ``"forward"``, with
+            the work that this makes; empty for kernels that do not plan.
+        visited_over_useful: pairs that the forward kernel computes for each visible one,
+            None likewise.
+        forward: launches of the forward pass in their order, each with its shared memory.
+            What XLA computes between them, softmax for ``'gemm'``, is not among them.
+        backward: the same of all gradients that the call can have; XLA computes
+            ``sum(dout * out)`` before them.
+    """
+
+    boxes: Mapping[str, _tiling.Tiling | _tiling_sm90.Tiling]
+    visited_over_useful: float | None
+    forward: tuple[Launch, ...]
+    backward: tuple[Launch, ...]
+
+    def __str__(self) -> str:
+        lines = [f"  boxes of {name}: {tiling}" for name, tiling in self.boxes.items()]
+        if self.visited_over_useful is not None:
+            lines.append(f"  visited/useful {self.visited_over_useful:.2f}")
+        for kind in ("forward", "backward"):
+            kernels = ", ".join(map(str, getattr(self, kind)))
+            lines.append(f"  {kind} launches, with shared memory: {kernels}")
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """The plan of one call.
+
+    A lowered program runs on every device of its platform, and what runs there depends on
+    the device: on Hopper GPUs (compute capability 9.0) ``'fused'`` has kernels of its own.
 
     Attributes:
         platform: for which the call was planned.
@@ -30,11 +63,11 @@ class Explanation:
             ``2 (D + Dv)`` for every visible pair, head and sample.
         backward_flops: the same of the backward pass for query, key and value.
         plan: how the kernels cut the call, None for those that do not plan.
-        forward_launches: the CUDA kernels of the forward pass in their order, each with
-            its shared memory; None on other platforms and for ``'xla'``. What XLA
-            computes between them, softmax for ``'gemm'``, is not among them.
-        backward_launches: the same of all gradients that the call can have; XLA
-            computes ``sum(dout * out)`` before them.
+        compute_capability: that of the default CUDA device, None where there is none.
+        portable: the kernels that any NVIDIA GPU can run; None on other platforms and
+            for ``'xla'``.
+        hopper: those that run the call on Hopper GPUs; None where ``portable`` ones do.
+        hopper_refusal: why they do, None where they do not.
     """
 
     platform: str
@@ -44,15 +77,35 @@ class Explanation:
     forward_flops: int
     backward_flops: int
     plan: Plan | None
-    forward_launches: tuple[Launch, ...] | None
-    backward_launches: tuple[Launch, ...] | None
+    compute_capability: tuple[int, int] | None
+    portable: Kernels | None
+    hopper: Kernels | None
+    hopper_refusal: str | None
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """Those of the default CUDA device; the portable ones where there is none."""
+        on_hopper = self.compute_capability == (9, 0) and self.hopper is not None
+        return self.hopper if on_hopper else self.portable
 
     @property
     def visited_over_useful(self) -> float | None:
         """Pairs that the forward kernel computes for each visible one, if known."""
-        if self.plan is None:
-            return None
-        return self.plan.forward.visited_pairs / self.visible_pairs
+        return None if self.kernels is None else self.kernels.visited_over_useful
+
+    def _kernels_by_device(self) -> Iterator[tuple[str, Kernels]]:
+        """What may run the call: those of all devices where there is none at hand."""
+        if self.portable is None:
+            return
+        if self.compute_capability is not None:
+            major, minor = self.compute_capability
+            assert self.kernels is not None
+            yield f"compute capability {major}.{minor}", self.kernels
+        elif self.hopper is None:
+            yield "NVIDIA GPUs", self.portable
+        else:
+            yield "Hopper GPUs", self.hopper
+            yield "other NVIDIA GPUs", self.portable
 
     def __str__(self) -> str:
         lines = [
@@ -60,13 +113,10 @@ class Explanation:
             f"useful work: {self.forward_flops / 1e9:.4g} GFLOP forward, "
             f"{self.backward_flops / 1e9:.4g} GFLOP backward",
         ]
-        if self.plan is not None:
-            lines.append(f"visited/useful {self.visited_over_useful:.2f}, {self.plan}")
-        for kind in ("forward", "backward"):
-            found = getattr(self, f"{kind}_launches")
-            if found is not None:
-                kernels = ", ".join(map(str, found))
-                lines.append(f"{kind} launches, with shared memory: {kernels}")
+        for device, kernels in self._kernels_by_device():
+            lines += [f"on {device}:", str(kernels)]
+        if self.hopper_refusal is not None:
+            lines.append(f"not the kernels for Hopper: {self.hopper_refusal}")
         for implementation, reason in self.refusals.items():
             lines.append(f"not {implementation!r}: {reason}")
         return "\n".join(lines)
@@ -127,9 +177,15 @@ def explain(
     flops = 2 * pairs * copies * (head_dim + operands.value.shape[-1])
     chosen = _support.choose(implementation, platform, traits)
     plan = make_plan(chosen, platform, problem, operands)
-    forward = backward = None
+    portable = hopper = hopper_refusal = None
     if platform == "cuda" and chosen != "xla":
-        forward, backward = launches(chosen, problem, operands, plan)
+        portable = _portable_kernels(chosen, problem, operands, plan, pairs)
+    if chosen == "fused" and plan is not None:
+        if isinstance(plan.hopper, str):
+            hopper_refusal = plan.hopper
+        else:
+            assert portable is not None
+            hopper = _hopper_kernels(portable, operands, plan.hopper, pairs)
     return Explanation(
         platform,
         chosen,
@@ -138,8 +194,50 @@ def explain(
         flops,
         flops * 5 // 2,
         plan,
+        _compute_capability() if platform == "cuda" else None,
+        portable,
+        hopper,
+        hopper_refusal,
+    )
+
+
+def _compute_capability() -> tuple[int, int] | None:
+    """Of the default CUDA device, if there is one."""
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return None
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def _portable_kernels(
+    implementation: str,
+    problem: Problem,
+    operands: Operands,
+    plan: Plan | None,
+    visible_pairs: int,
+) -> Kernels:
+    forward, backward = launches(implementation, problem, operands, plan)
+    if plan is None:
+        return Kernels({}, None, forward, backward)
+    return Kernels(
+        {"forward": plan.forward, "dquery": plan.dquery, "dkey, dvalue": plan.dkey},
+        plan.forward.visited_pairs / visible_pairs,
         forward,
         backward,
+    )
+
+
+def _hopper_kernels(
+    portable: Kernels, operands: Operands, plan: HopperPlan, visible_pairs: int
+) -> Kernels:
+    """Those of the forward pass; the backward pass is that of the portable kernels."""
+    return Kernels(
+        {**portable.boxes, "forward": plan.forward},
+        plan.forward.visited_pairs / visible_pairs,
+        hopper_forward(operands, plan),
+        portable.backward,
     )
 
 

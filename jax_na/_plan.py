@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jax_na import _tiling
+from jax_na import _support, _tiling, _tiling_sm90
 from jax_na._native import Attributes
 from jax_na._problem import Operands, Problem
 
@@ -16,8 +16,36 @@ _WORKSPACE_FLOATS = (16 << 20) // 4
 
 
 @dataclasses.dataclass(frozen=True)
+class HopperPlan:
+    """How the kernels for Hopper cut a call, where it runs on such a device.
+
+    Attributes:
+        forward: boxes of the forward pass, whose row boxes own queries.
+    """
+
+    forward: _tiling_sm90.Tiling
+
+    @property
+    def forward_attributes(self) -> Attributes:
+        """What the custom call of the forward pass carries of it."""
+        return _hopper_attributes("forward", self.forward)
+
+
+def _hopper_attributes(name: str, tiling: _tiling_sm90.Tiling) -> Attributes:
+    """Of a pass, as ``ffi/hopper.h`` reads them."""
+    return (
+        (f"sm90_{name}_row_box", tiling.row_box),
+        (f"sm90_{name}_column_box", tiling.column_box),
+        (f"sm90_{name}_kernel", (tiling.kernel.columns, tiling.kernel.groups)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How the tensor-core kernels cut a call.
+
+    A program is lowered once for all devices of a platform, so that a call carries a plan
+    for every kind of them.
 
     Attributes:
         forward: boxes of the forward pass, whose tiles own queries.
@@ -25,6 +53,7 @@ class Plan:
         dkey: boxes of the gradients of key and value, whose tiles own keys.
         bias_splits: CTAs that share one table of the bias's gradient.
         additional_splits: CTAs that share the queries of 64 additional keys.
+        hopper: what the kernels for Hopper do instead, or why they do not run the call.
     """
 
     forward: _tiling.Tiling
@@ -32,6 +61,7 @@ class Plan:
     dkey: _tiling.Tiling
     bias_splits: int
     additional_splits: int
+    hopper: HopperPlan | str
 
     @property
     def forward_attributes(self) -> Attributes:
@@ -39,6 +69,7 @@ class Plan:
         return (
             ("query_tile", self.forward.row_tile),
             ("key_box", self.forward.column_box),
+            *(() if isinstance(self.hopper, str) else self.hopper.forward_attributes),
         )
 
     @property
@@ -64,14 +95,49 @@ def make_plan(
     variant = _tiling.variant_of(channels, operands.query.dtype.itemsize)
     model = _tiling.CostModel(wide=variant.wide)
     queries, keys = _axes(problem, operands.query), _axes(problem, operands.key)
+    forward = _tiling.plan_rows_are_queries(queries, variant.forward, model)
     dquery = _tiling.plan_rows_are_queries(queries, variant.dquery, model)
+    hopper: HopperPlan | str = f"{implementation!r} has no kernels for Hopper"
+    if implementation == "fused":
+        hopper = _hopper_plan(problem, operands, model.cost(forward))
     return Plan(
-        _tiling.plan_rows_are_queries(queries, variant.forward, model),
+        forward,
         dquery,
         _tiling.plan_rows_are_keys(keys, variant.dkey, model),
         _bias_splits(problem, operands, dquery.tiles),
         _additional_splits(problem, operands),
+        hopper,
     )
+
+
+def _hopper_plan(
+    problem: Problem, operands: Operands, portable_cost: float
+) -> HopperPlan | str:
+    """Or why there is none. ``portable_cost`` is that of the portable forward pass."""
+    query, value = operands.query, operands.value
+    channels = max(query.shape[-1], value.shape[-1])
+    refusal = _support.hopper_refusal(query.dtype, problem.dilation)
+    if refusal is not None:
+        return refusal
+    padded = _tiling_sm90.padded(channels)
+    forward = _tiling_sm90.plan_rows_are_queries(
+        _axes(problem, query), _tiling_sm90.FORWARD[padded], _copies(problem, query)
+    )
+    ratio = time_over_portable(forward, padded, portable_cost)
+    if ratio > 1:
+        return (
+            f"by the planner's estimate they take {ratio:.2f} times as long as the "
+            "portable kernels"
+        )
+    return HopperPlan(forward)
+
+
+def time_over_portable(
+    tiling: _tiling_sm90.Tiling, padded: int, portable_cost: float
+) -> float:
+    """Of a pass on a Hopper GPU, by its kernels for Hopper and by the portable ones."""
+    portable_cycles = portable_cost * _tiling_sm90.PORTABLE_CYCLES[padded]
+    return _tiling_sm90.CostModel().cycles(tiling) / portable_cycles
 
 
 def workspace_shape(
@@ -117,6 +183,12 @@ def _axes(problem: Problem, array: Any) -> tuple[_tiling.Axis, ...]:
             strict=True,
         )
     )
+
+
+def _copies(problem: Problem, query: Any) -> int | None:
+    """Heads of all samples; None where a batch size is symbolic."""
+    sizes = (*query.shape[: -problem.rank - 2], query.shape[-2])
+    return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else None
 
 
 def _samples(shape: tuple[Any, ...]) -> int:

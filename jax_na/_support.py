@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 
 from jax_na import _ffi
+from jax_na._tiling_sm90 import LARGEST_DILATION
 
 Implementation: TypeAlias = Literal["fused", "gemm", "naive", "xla"]
 
@@ -17,6 +18,12 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 #: Platforms for which native kernels exist, as JAX names them in lowering rules.
 NATIVE_PLATFORMS = ("cpu", "cuda")
+
+#: What :func:`hopper_refusal` lets through.
+_HOPPER = (
+    "forward passes of 'fused' in float16 and bfloat16 with dilations up to "
+    f"{LARGEST_DILATION}"
+)
 
 #: Implementations that use tensor cores on a GPU.
 _TENSOR_CORES = ("fused", "gemm")
@@ -81,6 +88,18 @@ def _tensor_core_refusal(implementation: str, traits: Traits) -> str | None:
     return None
 
 
+def hopper_refusal(dtype: np.dtype, dilation: tuple[int, ...]) -> str | None:
+    """Why the kernels for Hopper cannot run a call of ``'fused'``; None if they can.
+
+    If not, the portable kernels run it on every NVIDIA GPU.
+    """
+    if np.dtype(dtype).itemsize != 2:
+        return f"they take float16 and bfloat16, got {np.dtype(dtype).name}"
+    if max(dilation) > LARGEST_DILATION:
+        return f"they take dilations up to {LARGEST_DILATION}, got {max(dilation)}"
+    return None
+
+
 def choose(
     implementation: str | None, platform: str, traits: Traits | None = None
 ) -> str:
@@ -121,12 +140,15 @@ class Support:
             13.0; None without them.
         cuda_driver: newest CUDA version that the installed driver supports; 0 without a
             driver, None without CUDA kernels.
+        hopper: what of ``'fused'`` the kernels for Hopper (compute capability 9.0) run
+            there, in words; None without CUDA kernels.
     """
 
     refusals: Mapping[str, Mapping[str, str | None]]
     cpu_instruction_set: str | None
     cuda_runtime: int | None
     cuda_driver: int | None
+    hopper: str | None
 
     def __str__(self) -> str:
         lines = []
@@ -139,6 +161,10 @@ class Support:
         if self.cuda_runtime is not None:
             lines.append(
                 f"CUDA runtime {self.cuda_runtime}, driver supports {self.cuda_driver}"
+            )
+        if self.hopper is not None:
+            lines.append(
+                f"kernels for Hopper GPUs (compute capability 9.0): {self.hopper}"
             )
         return "\n".join(lines)
 
@@ -167,4 +193,5 @@ def support() -> Support:
         None if cpu is None else cpu.fused_instruction_set(),
         None if cuda is None else cuda.runtime_version(),
         driver,
+        None if cuda is None else _HOPPER,
     )

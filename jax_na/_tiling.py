@@ -62,7 +62,8 @@ def variant_of(channels: int, element_bytes: int) -> Variant:
     return Variant(forward, (base, (128, 32)), (base,), wide=0.8)
 
 
-_Interval = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+#: ``key_interval`` or ``query_interval`` of :mod:`jax_na._window`.
+Interval: TypeAlias = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,10 @@ class Axis:
     stride: int
     dilation: int
     is_causal: bool
+
+
+def format_box(extents: tuple[int, ...]) -> str:
+    return "x".join(map(str, extents))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,12 @@ class Tiling:
     def visited_pairs(self) -> int:
         """Pairs of a row and a column that are computed, per head and sample."""
         return self.boxes * self.rows * self.columns
+
+    def __str__(self) -> str:
+        rows, columns = map(format_box, (self.row_tile, self.column_box))
+        return (
+            f"{rows} rows by {columns} columns, in tiles of {self.rows}x{self.columns}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +148,7 @@ class CostModel:
 
 
 @functools.lru_cache(maxsize=256)
-def _classes(axis: Axis, interval: _Interval) -> tuple[tuple[int, ...], ...]:
+def classes(axis: Axis) -> tuple[tuple[int, int], ...]:
     """``(tokens, how many classes have so many)`` of the residue classes."""
     residues = np.arange(min(axis.dilation, axis.length))
     tokens = -((residues - axis.length) // axis.dilation)
@@ -148,7 +159,7 @@ def _classes(axis: Axis, interval: _Interval) -> tuple[tuple[int, ...], ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _unions(
-    axis: Axis, interval: _Interval, extent: int
+    axis: Axis, interval: Interval, extent: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tiles of ``extent`` rows: the union of their intervals, and what all rows see.
 
@@ -157,7 +168,7 @@ def _unions(
         interval ``[lead, lead + common)`` counted from its start that every row sees.
     """
     parts = []
-    for tokens, count in _classes(axis, interval):
+    for tokens, count in classes(axis):
         _, lo, hi = interval(
             np.arange(tokens), tokens, axis.kernel_size, axis.stride, 1, axis.is_causal
         )
@@ -172,7 +183,7 @@ def _unions(
 
 @functools.lru_cache(maxsize=65536)
 def _axis_counts(
-    axis: Axis, interval: _Interval, extent: int, box: int
+    axis: Axis, interval: Interval, extent: int, box: int
 ) -> tuple[int, int, int]:
     """Sums over the tiles of an axis: tiles, boxes, boxes that need no mask."""
     span, lead, common = _unions(axis, interval, extent)
@@ -184,7 +195,7 @@ def _axis_counts(
     return len(span), int(boxes.sum()), int(free.sum())
 
 
-def _divisions(limit: int, lengths: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+def divisions(limit: int, lengths: Iterable[int]) -> tuple[tuple[int, ...], ...]:
     """Boxes of at most ``limit`` tokens that none can be enlarged on any one axis."""
     lengths = tuple(lengths)
     boxes = []
@@ -209,7 +220,7 @@ def _divisions(limit: int, lengths: Iterable[int]) -> tuple[tuple[int, ...], ...
 
 def count(
     axes: tuple[Axis, ...],
-    interval: _Interval,
+    interval: Interval,
     row_tile: tuple[int, ...],
     column_box: tuple[int, ...],
     rows: int,
@@ -227,7 +238,7 @@ def count(
 
 def _search(
     axes: tuple[Axis, ...],
-    interval: _Interval,
+    interval: Interval,
     shapes: tuple[Shape, ...],
     model: CostModel,
 ) -> Tiling:
@@ -235,8 +246,8 @@ def _search(
     candidates = (
         count(axes, interval, row_tile, column_box, rows, columns)
         for rows, columns in shapes
-        for row_tile in _divisions(rows, longest)
-        for column_box in _divisions(columns, longest)
+        for row_tile in divisions(rows, longest)
+        for column_box in divisions(columns, longest)
     )
     # The order of the candidates settles ties: fewer rows, longer last axes.
     return min(candidates, key=model.cost)

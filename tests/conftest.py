@@ -6,12 +6,30 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from tiers import TIERS, force_tier
 
 import jax_na._ffi
 
 # Fake devices for the sharding tests; programs of one device do not notice them. They
 # must be set before the first array exists.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tier",
+        choices=TIERS,
+        help="which kernels of 'fused' a Hopper GPU runs (default: as planned)",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _chosen_tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    tier = request.config.getoption("--tier")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if tier is not None:
+            force_tier(monkeypatch, tier)
+        yield
 
 
 @pytest.fixture

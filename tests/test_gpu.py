@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import implementations, platform
+from problems import CHOSEN, ProblemSpec, implementations, make_arrays, platform
 from programs import custom_calls
+from tiers import TIERS, force_tier
+from tolerance import assert_results_close
 
 import jax_na
 from jax_na import _lowering
@@ -95,6 +97,43 @@ def test_no_copies_around_the_kernel(implementation: str) -> None:
     assert all(size < tokens for size in sizes), moved
 
 
+HOPPER = getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("spec", CHOSEN, ids=lambda spec: spec.name)
+def test_both_tiers(
+    spec: ProblemSpec, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels for Hopper and portable ones: both are right, and they are not the same."""
+    arrays = make_arrays(spec, dtype)
+    frame = None if spec.frame is None else jax_na.Frame(**spec.frame.arrays())
+    oracle = arrays.oracle()
+    expected = {name: oracle[name] for name in ("out", "lse")}
+    results = {}
+    for tier in TIERS:
+
+        def attend(inputs: Any) -> Any:
+            return jax_na.neighborhood_attention(
+                **inputs,
+                **spec.static_arguments(),
+                frame=frame,
+                return_lse=True,
+                implementation="fused",
+            )
+
+        with monkeypatch.context() as patched:
+            force_tier(patched, tier)
+            lowered = jax.jit(attend).lower(arrays.inputs)
+        assert ("sm90_forward" in lowered.as_text()) == (tier == "hopper")
+        out, lse = lowered.compile()(arrays.inputs)
+        results[tier] = {"out": np.asarray(out), "lse": np.asarray(lse)}
+        assert_results_close(results[tier], expected, dtype, f"{tier}, {spec}")
+    if max(spec.grid) > 100:  # sums in different orders
+        assert (results["hopper"]["lse"] != results["portable"]["lse"]).any()
+
+
 def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raises what CUDA says; the process and its device live on."""
     make_plan = _lowering.make_plan
@@ -103,7 +142,7 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = make_plan(*arguments)
         assert plan is not None
         boxes = dataclasses.replace(plan.forward, row_tile=(12, 100))
-        return dataclasses.replace(plan, forward=boxes)
+        return dataclasses.replace(plan, forward=boxes, hopper="not in this test")
 
     arrays = _tokens(0)
 

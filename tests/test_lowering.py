@@ -200,6 +200,26 @@ def test_attributes_of_optional_operands() -> None:
     assert found["has_bias"] and found["has_additional"] and found["has_frame"]
 
 
+@pytest.mark.usefixtures("every_kernel")
+def test_attributes_for_hopper() -> None:
+    """A plan for Hopper GPUs beside that for any, where they have kernels for the call."""
+    gradient = _gradient(_attend("fused"))
+    text = _lowered(gradient, "cuda", *_shapes(jnp.bfloat16))
+    forward = attributes(text, "jax_na_forward_fused")
+    columns, groups = forward["sm90_forward_kernel"]
+    assert columns % 16 == 0 and groups in (1, 2, 3)
+    for name in ("query_tile", "key_box", "sm90_forward_row_box"):
+        assert len(forward[name]) == 2
+    assert np.prod(forward["sm90_forward_row_box"]) <= 64
+    assert np.prod(forward["sm90_forward_column_box"]) <= columns
+    for other, dtype in (
+        (gradient, jnp.float32),
+        (_gradient(_attend("naive")), "float16"),
+    ):
+        text = _lowered(other, "cuda", *_shapes(dtype))
+        assert custom_calls(text) and "sm90" not in text
+
+
 @native
 @pytest.mark.parametrize(
     ("flags", "argument", "expected"),

@@ -13,7 +13,10 @@ import pytest
 from problems import implementations, platform
 
 import jax_na
-from jax_na import _ffi
+from jax_na import _explain, _ffi, _tiling, _tiling_sm90, _window
+from jax_na._launches import hopper_forward
+from jax_na._plan import HopperPlan
+from jax_na._problem import Operands
 
 NAMES = ("fused", "gemm", "naive", "xla")
 
@@ -52,6 +55,7 @@ def test_support_of_native_modules() -> None:
         assert support.cpu_instruction_set is None
     assert (support.cuda_runtime is not None) == built["cuda"]
     assert (support.cuda_driver is not None) == built["cuda"]
+    assert ("Hopper" in str(support)) == (support.hopper is not None) == built["cuda"]
     if built["cuda"] and support.cuda_driver < support.cuda_runtime:
         reason = support.refusals["cuda"]["naive"]
         assert reason is not None and str(support.cuda_runtime) in reason
@@ -65,7 +69,7 @@ def test_support_without_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fused", "gemm", "naive"):
         reason = support.refusals["cuda"][name]
         assert reason is not None and "without its native kernels" in reason
-    assert support.cuda_runtime is None and support.cuda_driver is None
+    assert support.cuda_runtime is support.cuda_driver is support.hopper is None
 
 
 def test_support_starts_no_backend() -> None:
@@ -172,8 +176,10 @@ def _launches(
     explanation = jax_na.explain(
         **_shapes(head_dim, dtype), kernel_size=(3, 3), platform="cuda", **arguments
     )
-    passes = explanation.forward_launches, explanation.backward_launches
-    assert all(launch.kernel in str(explanation) for p in passes for launch in p)
+    kernels = explanation.portable
+    assert kernels is not None
+    passes = kernels.forward, kernels.backward
+    assert all(launch.kernel in str(kernels) for p in passes for launch in p)
     forward, backward = ({x.kernel: x.shared_bytes for x in p} for p in passes)
     return forward, backward
 
@@ -227,7 +233,63 @@ def test_launches_are_those_of_cuda() -> None:
     explanation = jax_na.explain(
         **_shapes(), kernel_size=(3, 3), implementation="xla", platform="cuda"
     )
-    assert explanation.forward_launches is explanation.backward_launches is None
+    assert explanation.portable is explanation.hopper is None
+    assert (
+        jax_na.explain(**_shapes(), kernel_size=(3, 3), platform="tpu").kernels is None
+    )
+
+
+# sizeof(Shared) of cuda/sm90/forward.cuh, from nvcc, by padded dimension, columns, groups.
+HOPPER_SHARED = {
+    (32, 64, 1): 220160,
+    (32, 112, 1): 208896,
+    (64, 80, 1): 214016,
+    (64, 128, 2): 221184,
+    (96, 80, 2): 225280,
+    (128, 64, 3): 222208,
+    (128, 176, 2): 212992,
+    (192, 80, 2): 228352,
+    (256, 48, 2): 211968,
+}
+
+
+@pytest.mark.parametrize(("dim", "columns", "groups"), HOPPER_SHARED)
+def test_shared_memory_on_hopper(dim: int, columns: int, groups: int) -> None:
+    kernel = _tiling_sm90.Kernel(columns, groups, 1)
+    axis = _tiling.Axis(256, 3, 1, 1, False)
+    tiling = _tiling_sm90.count(
+        (axis,), _window.key_interval, kernel, (64,), (columns,)
+    )
+    tokens = jax.ShapeDtypeStruct((256, 1, dim), jnp.bfloat16)
+    operands = Operands(tokens, tokens, tokens)
+    (launch,) = hopper_forward(operands, HopperPlan(tiling))
+    assert launch.shared_bytes == HOPPER_SHARED[dim, columns, groups]
+
+
+@pytest.mark.usefixtures("every_kernel")
+def test_explain_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the device at hand; of all that there may be where there is none."""
+
+    def explain(capability: Any, dtype: Any) -> Any:
+        monkeypatch.setattr(_explain, "_compute_capability", lambda: capability)
+        tokens = jax.ShapeDtypeStruct((2, 64, 64, 4, 128), dtype)
+        return jax_na.explain(tokens, tokens, tokens, (9, 9), platform="cuda")
+
+    unknown = explain(None, jnp.bfloat16)
+    assert unknown.hopper_refusal is None and unknown.kernels is unknown.portable
+    for part in ("Hopper GPUs", "other NVIDIA", unknown.hopper, unknown.portable):
+        assert str(part) in str(unknown)
+    hopper = explain((9, 0), jnp.bfloat16)
+    assert hopper.kernels == hopper.hopper == unknown.hopper
+    assert "9.0" in str(hopper) and str(hopper.portable) not in str(hopper)
+    for capability in ((8, 0), (10, 0)):
+        other = explain(capability, jnp.bfloat16)
+        assert other.kernels == other.portable == unknown.portable
+        assert str(other.hopper) not in str(other)
+    refused = explain((9, 0), jnp.float32)
+    assert refused.hopper is None and refused.kernels is refused.portable
+    assert "float32" in refused.hopper_refusal
+    assert f"not the kernels for Hopper: {refused.hopper_refusal}" in str(refused)
 
 
 def test_explain_refuses_what_the_call_refuses() -> None:
