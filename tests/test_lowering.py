@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from problems import implementations, platform
 from programs import attributes, custom_calls, functions_called
+from tiers import force_tier
 
 import jax_na
 from jax_na import _ffi, _lowering
@@ -201,8 +202,9 @@ def test_attributes_of_optional_operands() -> None:
 
 
 @pytest.mark.usefixtures("every_kernel")
-def test_attributes_for_hopper() -> None:
+def test_attributes_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan for Hopper GPUs beside that for any, where they have kernels for the call."""
+    force_tier(monkeypatch, "hopper")
     gradient = _gradient(_attend("fused"))
     text = _lowered(gradient, "cuda", *_shapes(jnp.bfloat16))
     forward = attributes(text, "jax_na_forward_fused")
