@@ -35,7 +35,8 @@ struct ForwardShape {
   static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
   static constexpr int kColumns = kColumns_;
   static constexpr int kGroups = kGroups_;  // consumer warpgroups of a pipeline
-  static constexpr int kPipelines = kGroups == 1 ? 3 : 1;
+  static constexpr int kAccumulators = kColumns / 2 + kColumns / 4 + kDim / 2;  // registers
+  static constexpr int kPipelines = kGroups > 1 ? 1 : kAccumulators <= 80 ? 4 : 3;
   static constexpr int kConsumers = kGroups * kPipelines;
   static constexpr bool kTakeTurns = PINGPONG && kGroups == 2;
 
@@ -43,11 +44,11 @@ struct ForwardShape {
   using Columns = Block<kDim, kColumns>;
 
   static constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 120;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
 
   static constexpr int kMemory = 227 * 1024 / kPipelines;  // of a pipeline
-  static constexpr int kTables = 6 * 1024 / kPipelines + 5 * 1024;  // at most
+  static constexpr int kTables = 6 * 1024 / kPipelines + 3 * 1024 * kGroups + 1024;  // at most
   static constexpr int kTiles = 2;  // of which queries and tables are there at once
   static constexpr int kFit =
       (kMemory - kTables - kTiles * kGroups * Rows::kAllBytes) / Columns::kAllBytes;
@@ -60,7 +61,6 @@ struct ForwardShape {
     Ring<kSlots> ring;
     uint64_t tile_full[kTiles], tile_empty[kTiles];  // queries and table
     TileTable<kGroups> table[kTiles];
-    int32_t token[kTiles][kGroups][kGroupRows];  // where the rows of a tile go
   };
   struct Shared {
     Pipeline pipeline[kPipelines];
@@ -240,7 +240,7 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
     group_barrier(consumer);  // all warps are done with these queries
     put_rows<T, Rows>(staging, sums, factor);
     __syncwarp();
-    store_rows<T, Rows>(staging, pipeline.token[stage][group],
+    store_rows<T, Rows>(staging, table.token[group],
                         static_cast<T*>(plan.call.out) + row * p.value_dim,
                         int64_t{p.heads} * p.value_dim, p.value_dim);
     ptx::fence_async_proxy();  // before the next queries come
@@ -262,14 +262,14 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
   for (uint32_t round = 0;; ++round) {
     const uint32_t stage = round % S::kTiles;
     ptx::barrier_wait(&pipeline.tile_full[stage], round / S::kTiles % 2);
-    const auto& table = pipeline.table[stage];
+    auto& table = pipeline.table[stage];
     if (table.end) break;
     const uint32_t queries = ptx::shared_address(pipeline.query[stage][group]);
     if (p.head_dim < S::kDim) {
       clear_padding<Rows>(pipeline.query[stage][group], p.head_dim);
       group_barrier(consumer);
     }
-    view.read<Side::kQueries>(table, p);
+    view.read(table, cut);
     const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
     int32_t i = 0, next = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
     BoxWalk walk, weighed;  // to the next box; to the last one
@@ -376,11 +376,11 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
     for (int h = 0; h < 2; ++h) {
       factor[h] = 1 / softmax.total[h];
       if (threadIdx.x % 4 != 0) continue;
-      const bool empty = !view.in_grid[h] || softmax.total[h] == 0;
-      const int32_t token = view.token[h];
-      pipeline.token[stage][group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h] =
-          token < 0 ? kNoToken : empty ? ~token : token;
-      if (token >= 0) lse[int64_t{token} * p.heads] = empty ? -kInfinity : softmax.lse(h);
+      int32_t& token = table.token[group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h];
+      if (token >= 0 && softmax.total[h] == 0) token = ~token;
+      if (token != kNoToken) {
+        lse[int64_t{max(token, ~token)} * p.heads] = token < 0 ? -kInfinity : softmax.lse(h);
+      }
     }
     softmax = OnlineSoftmax();
     due = true;
