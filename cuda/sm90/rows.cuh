@@ -51,4 +51,14 @@ __device__ __forceinline__ void store_rows(const uint8_t* block, const int32_t* 
   }
 }
 
+// Both: `block` is the warpgroup's own.
+template <typename T, class Block, int kCount>
+__device__ __forceinline__ void store_product(const float (&d)[kCount], const float (&factor)[2],
+                                              uint8_t* block, const int32_t* tokens, T* base,
+                                              int64_t pitch, int32_t dim) {
+  put_rows<T, Block>(block, d, factor);
+  __syncwarp();
+  store_rows<T, Block>(block, tokens, base, pitch, dim);
+}
+
 }  // namespace jax_na::cuda::sm90
