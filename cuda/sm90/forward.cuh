@@ -1,73 +1,26 @@
-// Forward on Hopper: consumer warpgroups own boxes of queries of one head, a producer warp brings
-// the keys and values that they see. CTAs stay and take one tile after the other.
+// Forward on Hopper: rows are queries, columns keys and values.
 //
 //   producer    [tile 0] [keys 0] [values 0] [keys 1] [values 1] ... [tile 1] ...
 //   consumer    S0 = Q K0^T | softmax 0 | S1 = Q K1^T, O += P0 V0 | softmax 1 | ...
 //
 // The softmax of a box runs while the tensor cores add the values of the one before, be that of
 // the same tile or of the last one, whose output is stored then.
-//
-// Warpgroups of a CTA either share the keys of neighbouring boxes of queries, which halves or
-// thirds the traffic, or are pipelines of their own, which suits small windows.
 #pragma once
 
 #include <iterator>
 #include <utility>
 
 #include "bias.cuh"
-#include "blocks.cuh"
-#include "launch.cuh"
-#include "plans.cuh"
-#include "ring.cuh"
-#include "rows.cuh"
+#include "pipeline.cuh"
 #include "softmax.cuh"
-#include "variants.h"
 
 namespace jax_na::cuda::sm90 {
 
-#ifndef PINGPONG
-#define PINGPONG 1
-#endif
-
-template <typename T_, int kDim_, int kColumns_, int kGroups_>
-struct ForwardShape {
-  using T = T_;
-  static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
-  static constexpr int kColumns = kColumns_;
-  static constexpr int kGroups = kGroups_;  // consumer warpgroups of a pipeline
-  static constexpr int kPipelines = kGroups == 1 ? 3 : 1;
-  static constexpr int kConsumers = kGroups * kPipelines;
-  static constexpr bool kTakeTurns = PINGPONG && kGroups == 2;
-
-  using Rows = Block<kDim, kGroupRows>;
-  using Columns = Block<kDim, kColumns>;
-
-  static constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-
-  static constexpr int kMemory = 227 * 1024 / kPipelines;  // of a pipeline
-  static constexpr int kTables = 6 * 1024 / kPipelines + 5 * 1024;  // at most
-  static constexpr int kTiles = 2;  // of which queries and tables are there at once
-  static constexpr int kFit =
-      (kMemory - kTables - kTiles * kGroups * Rows::kAllBytes) / Columns::kAllBytes;
-  static constexpr int kSlots = kFit < 16 ? kFit : 16;
-  static_assert(kSlots >= 3, "the walk would stall");
-
-  struct Pipeline {
-    alignas(1024) uint8_t query[kTiles][kGroups][Rows::kAllBytes];  // the output in the end
-    alignas(1024) uint8_t column[kSlots][Columns::kAllBytes];
-    Ring<kSlots> ring;
-    uint64_t tile_full[kTiles], tile_empty[kTiles];  // queries and table
-    TileTable<kGroups> table[kTiles];
-    int32_t token[kTiles][kGroups][kGroupRows];  // where the rows of a tile go
-  };
-  struct Shared {
-    Pipeline pipeline[kPipelines];
-    alignas(16) ColumnSets<kColumns> sets;
-    alignas(8) BiasColumns<kColumns> bias;
-  };
-  static_assert(sizeof(Shared) <= 227 * 1024);
+template <class S>
+struct ForwardShared {
+  typename S::Pipeline pipeline[S::kPipelines];
+  alignas(16) ColumnSets<S::kColumns> sets;
+  alignas(8) BiasColumns<S::kColumns> bias;
 };
 
 // Warpgroups take turns in giving work to the tensor cores, so that one does its softmax while
@@ -102,111 +55,25 @@ struct Turns {
   }
 };
 
-// ---- Producer ----------------------------------------------------------------------------
-
-template <class S>
-__device__ __forceinline__ void produce(const ForwardPlan& plan, typename S::Pipeline& pipeline,
-                                        int32_t tile) {
-  using Rows = typename S::Rows;
-  using Columns = typename S::Columns;
-  const Problem& p = plan.call.problem;
-  const BoxOrder& box = plan.cut.columns;
-  const bool elected = threadIdx.x % kWarpLanes == 0;
-  uint32_t position = 0, round = 0;
-  const auto wait_for_stage = [&] {
-    const uint32_t stage = round % S::kTiles;
-    ptx::barrier_wait(&pipeline.tile_empty[stage], round / S::kTiles % 2 ^ 1);
-    return stage;
-  };
-  for (; tile < plan.tiles; tile += gridDim.x * S::kPipelines) {
-    const TilePlace place(tile, plan.cut.ctas, p.window, plan.group, plan.key_heads);
-    if (!place.exists(p.query_grid)) continue;
-    const uint32_t stage = wait_for_stage();
-    auto& table = pipeline.table[stage];
-    const Visits visits = fill_table<Side::kQueries>(&table, p, plan.cut, place);
-    __syncwarp();
-    const int32_t batch = static_cast<int32_t>(place.batch);
-    if (elected) {
-      uint64_t* full = &pipeline.tile_full[stage];
-      ptx::barrier_expect(full, S::kGroups * box_bytes<Rows>(plan.cut.rows.size));
-#pragma unroll
-      for (int g = 0; g < S::kGroups; ++g) {
-        int32_t at[kMaxRank];
-#pragma unroll
-        for (int a = 0; a < kMaxRank; ++a) {
-          const int32_t before = a == plan.cut.group_axis ? g * plan.cut.rows.extent[a] : 0;
-          at[a] = place.first[a] + p.window[a].dilation * before;
-        }
-        copy_block<Rows>(pipeline.query[stage][g], &plan.query, full, place.head * p.head_dim, at,
-                         batch);
-      }
-    }
-    const int32_t key_channel = place.key_head * p.head_dim;
-    const int32_t value_channel = place.key_head * p.value_dim;
-    const auto copy_columns = [&](const CUtensorMap& keys, const CUtensorMap& values,
-                                  const int32_t(&at)[kMaxRank]) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t slot = pipeline.ring.slot(position);
-        pipeline.ring.wait_empty(position);
-        if (elected) {
-          uint64_t* full = pipeline.ring.expect(position, box_bytes<Columns>(box.size));
-          copy_block<Columns>(pipeline.column[slot], i == 0 ? &keys : &values, full,
-                              i == 0 ? key_channel : value_channel, at, batch);
-        }
-        ++position;
-      }
-    };
-    BoxWalk walk;
-    for (int32_t i = 0; i < visits.grid_boxes; ++i) {
-      int32_t at[kMaxRank];
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        at[a] = visits.start[a] + p.window[a].dilation * walk.at[a];
-      }
-      copy_columns(plan.key, plan.value, at);
-      walk.advance(visits.length, box);
-    }
-    for (int32_t i = 0; i < visits.boxes - visits.grid_boxes; ++i) {
-      const int32_t at[kMaxRank] = {0, 0, i * box.size};
-      copy_columns(plan.additional_key, plan.additional_value, at);
-    }
-    ++round;
-  }
-  const uint32_t stage = wait_for_stage();
-  if (elected) {
-    pipeline.table[stage].end = true;
-    ptx::barrier_arrive(&pipeline.tile_full[stage]);
-  }
-}
-
 // ---- Consumer ----------------------------------------------------------------------------
 
 template <class S, bool kHasBias>
-__device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Shared& shared,
-                                        int consumer) {
+__device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S>& shared,
+                                        int index) {
   using T = typename S::T;
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
   constexpr int kColumns = S::kColumns;
   const Problem& p = plan.call.problem;
-  const Cut& cut = plan.cut;
+  const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
-  const int group = consumer % S::kGroups;
-  auto& pipeline = shared.pipeline[consumer / S::kGroups];
-  auto& ring = pipeline.ring;
-  const bool elected = threadIdx.x % kWarpLanes == 0;
   const float scale = static_cast<float>(p.scale);
   const bool prescaled = kHasBias || !(scale > 0);
   const float log2_scale = prescaled ? kLog2E : scale * kLog2E;
-  const auto block = [&](uint32_t position) {
-    return ptx::shared_address(pipeline.column[ring.slot(position)]);
-  };
-  const auto release = [&](uint32_t position) {
-    if (elected) ring.release(position);
-  };
 
-  const Turns<S::kGroups, S::kTakeTurns> turns(group);
+  Consumer<S> own(shared.pipeline[index / S::kGroups], index);
+  const int group = own.group;
+  const Turns<S::kGroups, S::kGroups == 2> turns(group);
   RowView view;
   view.place<S::kGroups>(cut, group);
   OnlineSoftmax softmax;
@@ -220,32 +87,27 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
   float factor[2];         // to be multiplied by this
 
   const auto add_values = [&] {
-    ring.wait(values);
+    own.wait(values);
     pin(sums);
     pin(weights);
     products_begin();
-    multiply_rows<T, Columns>(sums, weights, block(values));
+    multiply_rows<T, Columns>(sums, weights, ptx::shared_address(own.block(values)));
     products_commit();
   };
   const auto values_added = [&] {
     products_wait<0>();
     pin(sums);
-    release(values);
+    own.release(values);
     pending = false;
   };
   const auto store_output = [&](uint32_t stage) {
-    const auto& table = pipeline.table[stage];
-    uint8_t* staging = pipeline.query[stage][group];
+    const auto& table = own.pipeline.table[stage];
     const int64_t row = table.batch * p.query_tokens() * p.heads + table.head;
-    group_barrier(consumer);  // all warps are done with these queries
-    put_rows<T, Rows>(staging, sums, factor);
-    __syncwarp();
-    store_rows<T, Rows>(staging, pipeline.token[stage][group],
-                        static_cast<T*>(plan.call.out) + row * p.value_dim,
-                        int64_t{p.heads} * p.value_dim, p.value_dim);
-    ptx::fence_async_proxy();  // before the next queries come
-    __syncwarp();
-    if (elected) ptx::barrier_arrive(&pipeline.tile_empty[stage]);
+    own.barrier();  // all warps are done with these queries
+    store_product<T, Rows>(sums, factor, own.rows(stage, 0), table.token[group],
+                           static_cast<T*>(plan.call.out) + row * p.value_dim,
+                           int64_t{p.heads} * p.value_dim, p.value_dim);
+    own.release_tile(stage);
     clear(sums);
     due = false;
   };
@@ -258,35 +120,31 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
   };
 
   clear(sums);
-  uint32_t base = 0;  // position of the tile's first block
-  for (uint32_t round = 0;; ++round) {
-    const uint32_t stage = round % S::kTiles;
-    ptx::barrier_wait(&pipeline.tile_full[stage], round / S::kTiles % 2);
-    const auto& table = pipeline.table[stage];
+  for (;;) {
+    const uint32_t stage = own.next_tile();
+    auto& table = own.pipeline.table[stage];
     if (table.end) break;
-    const uint32_t queries = ptx::shared_address(pipeline.query[stage][group]);
+    uint8_t* query_block = own.rows(stage, 0);
+    const uint32_t queries = ptx::shared_address(query_block);
     if (p.head_dim < S::kDim) {
-      clear_padding<Rows>(pipeline.query[stage][group], p.head_dim);
-      group_barrier(consumer);
+      clear_padding<Rows>(query_block, p.head_dim);
+      own.barrier();
     }
-    view.read<Side::kQueries>(table, p);
+    view.read(table, cut);
     const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
     int32_t i = 0, next = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
-    BoxWalk walk, weighed;  // to the next box; to the last one
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      walk.at[a] = a == cut.group_axis ? table.first_at[group] : 0;
-    }
-
+    BoxWalk walk = walk_of(table, cut, group);
     // Box i: its scores, the values of the box before, its softmax.
     const auto visit = [&](int32_t i, auto has_pending) {
       constexpr bool kPending = decltype(has_pending)::value;
       float scores[kColumns / 2];
-      ring.wait(base + 2 * i);
+      const uint32_t keys = own.base + 2 * i;
+      own.wait(keys);
       turns.wait();
       pin(scores);
       products_begin();
-      multiply_channels<T, Rows, Columns>(scores, queries, block(base + 2 * i));
+      multiply_channels<T, Rows, Columns>(scores, queries,
+                                          ptx::shared_address(own.block(keys)));
       products_commit();
       if constexpr (kPending) {
         add_values();
@@ -297,7 +155,7 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
         products_wait<0>();
       }
       pin(scores);
-      release(base + 2 * i);
+      own.release(keys);
 
       // ---- Softmax ----
       if (prescaled) {
@@ -318,8 +176,6 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
         } else if (box.size < kColumns || !view.all_see(walk, cut)) {
           hide<kColumns>(scores, view.mask(shared.sets, walk, cut));
         }
-        weighed = walk;
-        walk.advance(table.length, box);
       }
       const bool grown = softmax.weigh(scores, log2_scale);
 
@@ -330,14 +186,16 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
         softmax.rescale(sums);
       }
       pack_all<T>(weights, scores);
-      values = base + 2 * i + 1;
+      values = keys + 1;
       pending = true;
       passed = 0;
-      if (p.frame != nullptr && i < grid_boxes) {  // what lies beyond the frame is no number
-        ring.wait(values);
-        clear_overhang<Columns>(pipeline.column[ring.slot(values)], table, weighed, box);
-        group_barrier(consumer);
+      if (i >= grid_boxes) return;
+      if (p.frame != nullptr) {  // what lies beyond the frame is no number
+        own.wait(values);
+        clear_overhang<Columns>(own.block(values), table, walk, box);
+        own.barrier();
       }
+      walk.advance(table.length, box);
     };
 
     for (int run = 0; run < 2; ++run) {  // boxes in the grid, then those of additional keys
@@ -348,10 +206,7 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
       for (; i < next; ++i) {
         turns.wait();
         turns.pass();
-        ring.wait(base + 2 * i);
-        release(base + 2 * i);
-        ring.wait(base + 2 * i + 1);
-        release(base + 2 * i + 1);
+        own.pass_by(own.base + 2 * i);
       }
 #pragma unroll 1
       for (; i < last; ++i) {
@@ -364,7 +219,7 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
       next = grid_boxes;
       last = boxes;
     }
-    base += 2 * boxes;
+    own.base += 2 * boxes;
 
     // ---- The tile is done but for its last values ----
     if (due) finish_pending();  // it saw nothing, so that the one before still waits
@@ -376,11 +231,11 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, typename S::Sha
     for (int h = 0; h < 2; ++h) {
       factor[h] = 1 / softmax.total[h];
       if (threadIdx.x % 4 != 0) continue;
-      const bool empty = !view.in_grid[h] || softmax.total[h] == 0;
-      const int32_t token = view.token[h];
-      pipeline.token[stage][group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h] =
-          token < 0 ? kNoToken : empty ? ~token : token;
-      if (token >= 0) lse[int64_t{token} * p.heads] = empty ? -kInfinity : softmax.lse(h);
+      int32_t& token = table.token[group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h];
+      if (token >= 0 && softmax.total[h] == 0) token = ~token;
+      if (token != kNoToken) {
+        lse[int64_t{max(token, ~token)} * p.heads] = token < 0 ? -kInfinity : softmax.lse(h);
+      }
     }
     softmax = OnlineSoftmax();
     due = true;
@@ -395,71 +250,31 @@ template <class S, bool kHasBias>
 __global__ void __launch_bounds__(S::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardPlan plan) {
   extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<typename S::Shared*>(memory);
-  if (threadIdx.x == 0) {
-    for (auto& pipeline : shared.pipeline) {
-      pipeline.ring.init(S::kGroups * kGroupWarps);
-      for (int i = 0; i < S::kTiles; ++i) {
-        ptx::barrier_init(&pipeline.tile_full[i], 1);
-        ptx::barrier_init(&pipeline.tile_empty[i], S::kGroups * kGroupWarps);
-      }
-    }
-    ptx::fence_barrier_init();
-  }
-  shared.sets.fill(plan.cut.columns, S::kThreads / kWarpLanes);
-  if constexpr (kHasBias) {
-    shared.bias.fill(plan.call.problem, plan.cut.columns, S::kThreads);
-  }
-  // What no copy writes must not be taken for infinity.
-  for (auto& pipeline : shared.pipeline) {
-    clear_rest<typename S::Columns, S::kThreads>(pipeline.column[0], S::kSlots,
-                                                 plan.cut.columns.size);
-    clear_rest<typename S::Rows, S::kThreads>(pipeline.query[0][0], S::kTiles * S::kGroups,
-                                              plan.cut.rows.size);
-  }
-  ptx::fence_async_proxy();
+  auto& shared = *reinterpret_cast<ForwardShared<S>*>(memory);
+  const Streams& streams = plan.streams;
+  const Problem& p = plan.call.problem;
+  init<S>(shared.pipeline, streams.cut);
+  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  if constexpr (kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
-
-  const int consumer = uniform(threadIdx.x / kGroupThreads);
-  if (consumer == S::kConsumers) {
-    ptx::fewer_registers<S::kProducerRegisters>();
-    const int producer = uniform(threadIdx.x % kGroupThreads / kWarpLanes);
-    if (producer < S::kPipelines) {
-      produce<S>(plan, shared.pipeline[producer], blockIdx.x * S::kPipelines + producer);
-    }
-  } else {
-    ptx::more_registers<S::kConsumerRegisters>();
-    consume<S, kHasBias>(plan, shared, consumer);
-  }
-}
-
-template <class S>
-cudaError_t launch_shape(const ForwardPlan& plan, cudaStream_t stream) {
-  const auto kernel = plan.call.in.bias == nullptr ? &forward_kernel<S, false>
-                                                   : &forward_kernel<S, true>;
-  const int32_t ctas = (plan.tiles + S::kPipelines - 1) / S::kPipelines;
-  return launch_persistent(kernel, ctas, S::kThreads, sizeof(typename S::Shared), plan, stream);
-}
-
-template <typename T, int kDim, size_t... kIndex>
-cudaError_t launch_forward(const ForwardPlan& plan, int columns, int groups, cudaStream_t stream,
-                           std::index_sequence<kIndex...>) {
-  cudaError_t status = cudaErrorInvalidValue;
-  const auto attempt = [&](auto index) {
-    constexpr Variant kVariant = Forward<kDim>::kVariants[decltype(index)::value];
-    if (kVariant.columns != columns || kVariant.groups != groups) return;
-    status = launch_shape<ForwardShape<T, kDim, kVariant.columns, kVariant.groups>>(plan, stream);
-  };
-  (attempt(std::integral_constant<size_t, kIndex>{}), ...);
-  return status;
+  divide_labour<S>(
+      [&](int pipeline, int32_t tile) {
+        produce<S, Side::kQueries>(streams, p, shared.pipeline[pipeline], tile, NoStatistics());
+      },
+      [&](int consumer) { consume<S, kHasBias>(plan, shared, consumer); });
 }
 
 template <typename T, int kDim>
-cudaError_t launch_forward(const ForwardPlan& plan, int columns, int groups,
+cudaError_t launch_forward(const ForwardPlan& plan, const HopperTiling& tiling,
                            cudaStream_t stream) {
-  constexpr size_t kCount = std::size(Forward<kDim>::kVariants);
-  return launch_forward<T, kDim>(plan, columns, groups, stream,
-                                 std::make_index_sequence<kCount>{});
+  return with_variant<Forward<kDim>>(tiling.columns, tiling.groups, [&](auto index) {
+    constexpr Variant kVariant = Forward<kDim>::kList[decltype(index)::value];
+    using S = Shape<T, kDim, 1, kVariant.columns, kVariant.groups, kVariant.pipelines>;
+    static_assert(sizeof(ForwardShared<S>) <= kSharedMemory);
+    return launch<S>(plan.call.in.bias == nullptr ? &forward_kernel<S, false>
+                                                  : &forward_kernel<S, true>,
+                     sizeof(ForwardShared<S>), plan, stream);
+  });
 }
 
 }  // namespace jax_na::cuda::sm90

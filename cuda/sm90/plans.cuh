@@ -1,25 +1,44 @@
-// The parameters of the Hopper kernels.
+// The parameters of the Hopper kernels, and the functions that launch them, one per compiled unit.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include "sm90.h"
 #include "tensor_map.h"
 #include "tile.cuh"
 
 namespace jax_na::cuda::sm90 {
 
-struct ForwardPlan {
-  CUtensorMap query, key, value, additional_key, additional_value;
-  ForwardCall call;
+// What the producers of a launch bring.
+struct Streams {
+  CUtensorMap row[2], column[2];
+  CUtensorMap list[2];       // of additional keys and values
+  int32_t dim[2];            // channels of a head in the first and in the second array
   Cut cut;
-  Divisor group, key_heads;  // query heads per key head; key heads
+  Divisor group, key_heads;  // heads of rows per key head; key heads
+  int32_t members;           // heads of columns per key head
   int32_t tiles;             // of all heads and samples
 };
 
-// Launches the kernel that was compiled for these columns and groups; cudaErrorInvalidValue where
-// there is none.
+struct ForwardPlan {
+  Streams streams;
+  ForwardCall call;
+};
+struct BackwardPlan {
+  Streams streams;
+  BackwardCall call;
+};
+
+// Each launches the kernel that was compiled for the tiling's columns and groups;
+// cudaErrorInvalidValue where there is none.
 template <typename T, int kDim>
-cudaError_t launch_forward(const ForwardPlan& plan, int columns, int groups,
+cudaError_t launch_forward(const ForwardPlan& plan, const HopperTiling& tiling,
                            cudaStream_t stream);
+template <typename T, int kDim>
+cudaError_t launch_dquery(const BackwardPlan& plan, const HopperTiling& tiling,
+                          cudaStream_t stream);
+template <typename T, int kDim>
+cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, const HopperTiling& tiling,
+                               cudaStream_t stream);
 
 }  // namespace jax_na::cuda::sm90

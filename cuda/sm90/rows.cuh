@@ -8,9 +8,6 @@
 
 namespace jax_na::cuda::sm90 {
 
-// Where the rows of a warpgroup go: the token, ~token for a row that becomes zeros, kNoToken.
-using fused::kNoToken;
-
 // Puts the rows of a product, multiplied by `factor`, into a block of the warpgroup's own, as T.
 // Only the rows of the warp are touched.
 template <typename T, class Block, int kCount>
@@ -34,7 +31,7 @@ __device__ __forceinline__ void put_rows(uint8_t* block, const float (&d)[kCount
 }
 
 // Copies the first `dim` channels of the warp's rows from a block; `tokens` are of the
-// warpgroup's rows, `base` is element 0 of the head in the sample, `pitch` the elements from
+// warpgroup's rows (see TileTable), those outside of the grid become zeros; `base` is element 0 of the head in the sample, `pitch` the elements from
 // token to token.
 template <typename T, class Block>
 __device__ __forceinline__ void store_rows(const uint8_t* block, const int32_t* tokens, T* base,
@@ -52,6 +49,16 @@ __device__ __forceinline__ void store_rows(const uint8_t* block, const int32_t* 
     if (token >= 0) value = *reinterpret_cast<const uint4*>(block + Block::offset(row, unit));
     *reinterpret_cast<uint4*>(base + max(token, ~token) * pitch + 8 * unit) = value;
   }
+}
+
+// Both: `block` is the warpgroup's own.
+template <typename T, class Block, int kCount>
+__device__ __forceinline__ void store_product(const float (&d)[kCount], const float (&factor)[2],
+                                              uint8_t* block, const int32_t* tokens, T* base,
+                                              int64_t pitch, int32_t dim) {
+  put_rows<T, Block>(block, d, factor);
+  __syncwarp();
+  store_rows<T, Block>(block, tokens, base, pitch, dim);
 }
 
 }  // namespace jax_na::cuda::sm90

@@ -25,4 +25,14 @@ struct HopperTiling {
 cudaError_t forward_sm90(const ForwardCall& call, const HopperTiling& tiling,
                          cudaStream_t stream);
 
+struct HopperBackwardTiling {
+  HopperTiling dquery;       // rows are queries, columns keys
+  HopperTiling dkey_dvalue;  // rows are keys, columns queries
+};
+
+// dquery, dkey and dvalue, in gather form and without workspace; head dimensions up to 128. The
+// other gradients of the call are left alone.
+cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& tiling,
+                          cudaStream_t stream);
+
 }  // namespace jax_na::cuda

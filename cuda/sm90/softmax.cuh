@@ -102,4 +102,17 @@ __device__ __forceinline__ void hide(float (&scores)[kColumns / 2],
   }
 }
 
+// Zeros for the elements of unseen columns, whatever they were.
+template <int kColumns>
+__device__ __forceinline__ void select(float (&d)[kColumns / 2],
+                                       const LaneMask<kColumns>& mask) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!mask.test(n, e / 2, e % 2)) d[4 * n + e] = 0;
+    }
+  }
+}
+
 }  // namespace jax_na::cuda::sm90

@@ -16,47 +16,46 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 
-int32_t spanned(const TokenBox& box, int axis) {
-  return (box.extent[axis] - 1) * box.dilation[axis] + 1;
-}
-
 }  // namespace
 
-bool box_is_copyable(const TokenBox& box) {
-  for (int a = 0; a < kMaxRank; ++a) {
-    if (spanned(box, a) > kMostElements || box.dilation[a] > kLargestStride) return false;
-  }
-  return true;
-}
-
-cudaError_t make_tensor_map(const TokenArray& array, const TokenBox& box, CUtensorMap* map) {
+cudaError_t make_tensor_maps(const Problem& p, const int32_t (&grid)[kMaxRank], int32_t heads,
+                             const void* const (&arrays)[2], const TokenBox& box,
+                             CUtensorMap (&maps)[2]) {
+  if (int64_t{grid[0]} * grid[1] * grid[2] == 0) return cudaSuccess;
   static const auto encode = encode_function();
   if (encode == nullptr) return cudaErrorInsufficientDriver;
-  const bool sums = array.type == ElementType::kF32;
-  const cuuint64_t token_bytes = cuuint64_t{static_cast<uint32_t>(array.heads)} * array.dim *
-                                 (sums ? 4 : 2);
-  cuuint64_t size[5] = {static_cast<cuuint64_t>(array.heads) * array.dim, 0, 0, 0,
-                        static_cast<cuuint64_t>(array.batch)};
-  cuuint64_t pitch[4] = {token_bytes, 0, 0, 0};
-  cuuint32_t extent[5] = {static_cast<cuuint32_t>(box.channels), 0, 0, 0, 1};
-  cuuint32_t stride[5] = {1, 1, 1, 1, 1};
-  for (int i = 0; i < kMaxRank; ++i) {  // the copy engine counts axes from the last
-    const int axis = kMaxRank - 1 - i;
-    size[1 + i] = array.grid[axis];
-    pitch[1 + i] = pitch[i] * array.grid[axis];
-    extent[1 + i] = spanned(box, axis);
-    stride[1 + i] = box.dilation[axis];
+  const auto type = p.element_type == ElementType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto swizzle =
+      box.channels == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  cuuint64_t size[5], pitch[4];
+  cuuint32_t extent[5], stride[5];
+  for (int k = 0; k < 2; ++k) {
+    if (arrays[k] == nullptr) continue;
+    const cuuint64_t channels = static_cast<cuuint64_t>(heads) * (k == 0 ? p.head_dim : p.value_dim);
+    size[0] = channels;
+    extent[0] = box.channels;
+    stride[0] = 1;
+    pitch[0] = channels * 2;
+    for (int i = 1; i <= kMaxRank; ++i) {  // the copy engine counts axes from the last
+      const int axis = kMaxRank - i;
+      size[i] = grid[axis];
+      pitch[i] = pitch[i - 1] * grid[axis];
+      extent[i] = (box.extent[axis] - 1) * box.dilation[axis] + 1;
+      stride[i] = box.dilation[axis];
+      if (extent[i] > kMostElements || box.dilation[axis] > kLargestStride) {
+        return cudaErrorInvalidValue;
+      }
+    }
+    size[4] = p.batch;
+    extent[4] = stride[4] = 1;
+    const CUresult status =
+        encode(&maps[k], type, 5, const_cast<void*>(arrays[k]), size, pitch, extent, stride,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) return cudaErrorInvalidValue;
   }
-  const auto type = sums                                 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-                    : array.type == ElementType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                       : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const int row_bytes = box.channels * (sums ? 4 : 2);
-  const CUresult status =
-      encode(map, type, 5, const_cast<void*>(array.data), size, pitch, extent, stride,
-             CU_TENSOR_MAP_INTERLEAVE_NONE,
-             row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return cudaSuccess;
 }
 
 }  // namespace jax_na::cuda::sm90

@@ -1,23 +1,13 @@
 // Tensor maps: how the copy engine finds boxes of tokens of one residue class in an array
-// [batch, *grid, heads, dim] of 2-byte (or, for sums, 4-byte) elements, without any permutation
-// of tokens.
+// [batch, *grid, heads, channels] of 2-byte elements, without any permutation of tokens.
 #pragma once
 
-#include <cuda.h>
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
 #include "../../ffi/problem.h"
 
 namespace jax_na::cuda::sm90 {
-
-struct TokenArray {
-  const void* data;
-  ElementType type;
-  int64_t batch;
-  int32_t grid[kMaxRank];
-  int32_t heads, dim;
-};
 
 // Boxes of `extent` tokens, `dilation` apart, times `channels` channels.
 struct TokenBox {
@@ -26,10 +16,13 @@ struct TokenBox {
   int32_t channels;
 };
 
-// Whether the copy engine can fetch such boxes.
-bool box_is_copyable(const TokenBox& box);
+// Channels that one copy brings: rows of 128 bytes, or of 64 where those would not fit.
+inline int32_t channels_of_block(int padded_dim) { return padded_dim % 64 == 0 ? 64 : 32; }
 
-// Rows of 128 bytes are swizzled by 128, shorter ones by 64.
-cudaError_t make_tensor_map(const TokenArray& array, const TokenBox& box, CUtensorMap* map);
+// Maps of two arrays over one grid, with head_dim and value_dim channels; null arrays and empty
+// grids are passed over. cudaErrorInvalidValue where the copy engine cannot fetch such boxes.
+cudaError_t make_tensor_maps(const Problem& p, const int32_t (&grid)[kMaxRank], int32_t heads,
+                             const void* const (&arrays)[2], const TokenBox& box,
+                             CUtensorMap (&maps)[2]);
 
 }  // namespace jax_na::cuda::sm90

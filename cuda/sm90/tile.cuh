@@ -19,6 +19,7 @@ using fused::Interval;
 using fused::kFullWarp;
 using fused::kNoHi;
 using fused::kNoLo;
+using fused::kNoToken;
 using fused::kWarpLanes;
 using fused::Side;
 using fused::Sides;
@@ -41,16 +42,23 @@ struct Cut {
   int32_t group_axis;
 };
 
+struct alignas(8) Seen {
+  int32_t lo, hi;
+};
+
 // One tile as all warps of a CTA see it, in shared memory.
 template <int kGroups>
 struct TileTable {
   static constexpr int kEntries = kGroups * kGroupRows + kMaxRank - 1;
 
-  bool end;                     // there are no more tiles, and nothing else is set
+  bool end;  // there are no more tiles, and nothing else is set
   int64_t batch;
   int32_t head;
-  int32_t first[kMaxRank];      // local index of the first token
-  Interval interval[kEntries];  // of the coordinates of axis 0, then 1, then 2
+  // The token of a row, ~token where it is outside of the grid, kNoToken where there is none.
+  int32_t token[kGroups][kGroupRows];
+  // What the coordinates of axis 0, then 1, then 2 see, counted from the start of the union.
+  // Those without a row in the grid see everything: what they get is not stored.
+  Seen seen[kEntries];
   int32_t lo[kMaxRank];         // first relative class index of the union
   int32_t length[kMaxRank];     // of the union, in class steps
   int32_t grid_boxes, boxes;    // without and with those of additional keys
@@ -90,7 +98,7 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
     const int32_t i = e - (axis == 0 ? 0 : axis == 1 ? end_0 : end_1);
     const int32_t start = axis == 0 ? first[0] : axis == 1 ? first[1] : first[2];
     const Interval seen = S::interval(p, p.axis_frame(place.batch, axis), axis, start, i);
-    table->interval[e] = seen;
+    table->seen[e] = seen.in_grid ? Seen{seen.lo, seen.hi} : Seen{-kEverything, kEverything};
     int own = kGroups + axis - (axis > axis_0 ? 1 : 0);
     if (axis == axis_0) {
       own = 0;
@@ -137,13 +145,35 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
   }
   visits.boxes = visits.grid_boxes + lists;
 
+  __syncwarp();
+  for (int row = lane; row < kGroups * kGroupRows; row += kWarpLanes) {
+    const int group = row / kGroupRows;
+    int32_t at[kMaxRank], token = 0, begin = 0;
+    cut.rows.point(row % kGroupRows, at);
+    bool exists = row % kGroupRows < cut.rows.size, inside = true;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      at[a] += a == axis_0 ? group * cut.rows.extent[a] : 0;
+      const int32_t i = first[a] + p.window[a].dilation * at[a];
+      token = token * S::row_grid(p)[a] + i;
+      exists = exists && i < S::row_grid(p)[a];
+      inside = exists && inside && table->seen[begin + at[a]].lo != -kEverything;
+      begin += entries(a);
+    }
+    table->token[group][row % kGroupRows] = !exists ? kNoToken : inside ? token : ~token;
+  }
+  __syncwarp();
+  for (int e = lane; e < end_2; e += kWarpLanes) {
+    const Seen seen = table->seen[e];
+    const int32_t low = e < end_0 ? least[0] : e < end_1 ? least[1] : least[2];
+    if (seen.lo != -kEverything) table->seen[e] = {seen.lo - low, seen.hi - low};
+  }
   if (lane == 0) {
     table->end = false;
     table->batch = place.batch;
     table->head = place.head;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
-      table->first[a] = first[a];
       table->lo[a] = least[a];
       table->length[a] = visits.length[a];
     }
@@ -258,12 +288,10 @@ struct ColumnSets {
 
 // The two rows of a lane, and what they see relative to the start of the union.
 struct RowView {
-  int32_t point[2][kMaxRank];   // in the boxes of the CTA; does not change; [0] < 0: no row
-  int32_t entry[2][kMaxRank];   // of the intervals in a table; likewise
-  int32_t lo[2][kMaxRank], hi[2][kMaxRank];
-  int32_t common_lo[kMaxRank], common_hi[kMaxRank];  // what all rows of the warp see
-  int32_t token[2];             // local index, or -1 where there is none
-  bool in_grid[2];
+  int32_t point[2][kMaxRank];  // in the boxes of the CTA; does not change
+  int32_t entry[2][kMaxRank];  // of what they see in a table; likewise
+  Seen seen[2][kMaxRank];
+  Seen common[kMaxRank];       // what all rows of the warp see
 
   template <int kGroups>
   __device__ __forceinline__ void place(const Cut& cut, int group) {
@@ -271,50 +299,27 @@ struct RowView {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp * kWarpRows + threadIdx.x % kWarpLanes / 4 + 8 * h;
-      const bool exists = row < cut.rows.size;
-      cut.rows.point(row, point[h]);
-      if (!exists) point[h][0] = -1;
+      cut.rows.point(min(row, cut.rows.size - 1), point[h]);  // a row too many sees what the last does
       int32_t begin = 0;
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
         const bool grouped = a == cut.group_axis;
-        point[h][a] += grouped && exists ? group * cut.rows.extent[a] : 0;
-        entry[h][a] = begin + (exists ? point[h][a] : 0);
+        point[h][a] += grouped ? group * cut.rows.extent[a] : 0;
+        entry[h][a] = begin + point[h][a];
         begin += cut.rows.extent[a] * (grouped ? kGroups : 1);
       }
     }
   }
 
-  template <Side kRowsAre, int kGroups>
-  __device__ __forceinline__ void read(const TileTable<kGroups>& table, const Problem& p) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      token[h] = 0;
-      in_grid[h] = point[h][0] >= 0;
-      bool exists = in_grid[h];
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        const Interval seen = table.interval[entry[h][a]];
-        lo[h][a] = seen.lo - table.lo[a];
-        hi[h][a] = seen.hi - table.lo[a];
-        in_grid[h] = in_grid[h] && seen.in_grid;
-        const int32_t grid = Sides<kRowsAre>::row_grid(p)[a];
-        const int32_t i = table.first[a] + p.window[a].dilation * point[h][a];
-        exists = exists && i < grid;
-        token[h] = token[h] * grid + i;
-      }
-      if (!exists) token[h] = -1;
-      if (in_grid[h]) continue;
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {  // not stored, or stored as zeros: needs no mask
-        lo[h][a] = -kEverything;
-        hi[h][a] = kEverything;
-      }
-    }
+  template <int kGroups>
+  __device__ __forceinline__ void read(const TileTable<kGroups>& table, const Cut& cut) {
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
-      common_lo[a] = ptx::warp_max(max(lo[0][a], lo[1][a]));
-      common_hi[a] = ptx::warp_min(min(hi[0][a], hi[1][a]));
+      if (a < cut.group_axis) continue;  // the grid has no such axis
+#pragma unroll
+      for (int h = 0; h < 2; ++h) seen[h][a] = table.seen[entry[h][a]];
+      common[a].lo = ptx::warp_max(max(seen[0][a].lo, seen[1][a].lo));
+      common[a].hi = ptx::warp_min(min(seen[0][a].hi, seen[1][a].hi));
     }
   }
 
@@ -323,8 +328,9 @@ struct RowView {
     bool all = true;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
-      all = all && common_lo[a] <= walk.at[a] &&
-            walk.at[a] + cut.columns.extent[a] <= common_hi[a];
+      if (a < cut.group_axis) continue;
+      all = all && common[a].lo <= walk.at[a] &&
+            walk.at[a] + cut.columns.extent[a] <= common[a].hi;
     }
     return all;
   }
@@ -340,9 +346,9 @@ struct RowView {
       for (int w = 0; w < LaneMask<kColumns>::kWords; ++w) mask.bits[h][w] = ~0u;
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
-        if (a < cut.group_axis) continue;  // the grid has no such axis
-        sets.restrict_to(&mask, h, cut.columns, a, lo[h][a] - walk.at[a],
-                         hi[h][a] - walk.at[a]);
+        if (a < cut.group_axis) continue;
+        sets.restrict_to(&mask, h, cut.columns, a, seen[h][a].lo - walk.at[a],
+                         seen[h][a].hi - walk.at[a]);
       }
     }
     return mask;

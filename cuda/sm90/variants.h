@@ -1,5 +1,5 @@
-// What is compiled: columns of a score tile and consumer warpgroups per CTA, by padded head
-// dimension. jax_na/_tiling.py holds the same table.
+// What is compiled, by padded head dimension: columns of a score tile, consumer warpgroups that
+// share a pipeline, pipelines of a CTA. jax_na/_tiling.py holds the same table.
 #pragma once
 
 #include "../../ffi/problem.h"
@@ -7,34 +7,73 @@
 namespace jax_na::cuda::sm90 {
 
 struct Variant {
-  int columns, groups;
+  int columns, groups, pipelines;
 };
 
 template <int kDim>
 struct Forward;
 template <>
 struct Forward<32> {
-  static constexpr Variant kVariants[] = {{64, 1}, {96, 1}, {112, 1}, {128, 1}};
+  static constexpr Variant kList[] = {{64, 1, 4}, {96, 1, 3}, {112, 1, 3}, {128, 1, 3}};
 };
 template <>
 struct Forward<64> {
-  static constexpr Variant kVariants[] = {{64, 1}, {80, 1}, {96, 1}, {112, 1}, {128, 1}, {128, 2}};
+  static constexpr Variant kList[] = {
+      {64, 1, 4}, {80, 1, 3}, {96, 1, 3}, {112, 1, 3}, {128, 1, 3}, {128, 2, 1}};
 };
 template <>
 struct Forward<96> {
-  static constexpr Variant kVariants[] = {{80, 2}, {128, 2}};
+  static constexpr Variant kList[] = {{80, 2, 1}, {128, 2, 1}};
 };
 template <>
 struct Forward<128> {
-  static constexpr Variant kVariants[] = {{64, 3}, {80, 2}, {128, 2}, {144, 2}, {176, 2}};
+  static constexpr Variant kList[] = {{64, 3, 1}, {80, 2, 1}, {128, 2, 1}, {144, 2, 1}};
 };
 template <>
 struct Forward<192> {
-  static constexpr Variant kVariants[] = {{80, 2}};
+  static constexpr Variant kList[] = {{80, 2, 1}};
 };
 template <>
 struct Forward<256> {
-  static constexpr Variant kVariants[] = {{48, 2}};
+  static constexpr Variant kList[] = {{48, 2, 1}};
+};
+
+template <int kDim>
+struct DQuery;
+template <>
+struct DQuery<32> {
+  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 3}, {96, 1, 3}};
+};
+template <>
+struct DQuery<64> {
+  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 2}, {96, 1, 2}};
+};
+template <>
+struct DQuery<96> {
+  static constexpr Variant kList[] = {{64, 2, 1}};
+};
+template <>
+struct DQuery<128> {
+  static constexpr Variant kList[] = {{64, 2, 1}, {80, 2, 1}};
+};
+
+template <int kDim>
+struct DKey;
+template <>
+struct DKey<32> {
+  static constexpr Variant kList[] = {{64, 1, 3}, {96, 1, 2}};
+};
+template <>
+struct DKey<64> {
+  static constexpr Variant kList[] = {{48, 1, 3}, {64, 1, 2}, {80, 1, 2}};
+};
+template <>
+struct DKey<96> {
+  static constexpr Variant kList[] = {{64, 2, 1}};
+};
+template <>
+struct DKey<128> {
+  static constexpr Variant kList[] = {{48, 2, 1}, {64, 2, 1}};
 };
 
 // Head and value dimensions are padded to one of these; 0 where they are too large.

@@ -1,0 +1,215 @@
+// Gradients of keys and values on Hopper: rows are keys and values, columns the queries that see
+// them and their output gradients, of every head of a group.
+//
+//   P^T = exp(scale K Q^T + bias - lse),  dV = P^T dO
+//   dS^T = P^T (V dO^T - delta),          dK = scale dS^T Q
+//
+//   S0, dP0 | P0 | dV += P0 dO0 | dS0 | dK += dS0 Q0, S1, dP1 | P1 | ...
+#pragma once
+
+#include <iterator>
+#include <utility>
+
+#include "bias.cuh"
+#include "pipeline.cuh"
+#include "softmax.cuh"
+#include "statistics.cuh"
+
+namespace jax_na::cuda::sm90 {
+
+template <class S>
+struct DKeyShared {
+  typename S::Pipeline pipeline[S::kPipelines];
+  ColumnStatistics<S::kColumns> statistics[S::kPipelines][S::kSlots];
+  alignas(16) ColumnSets<S::kColumns> sets;
+  alignas(8) BiasColumns<S::kColumns> bias;
+};
+
+template <class S, bool kHasBias>
+__device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>& shared,
+                                        int index) {
+  using T = typename S::T;
+  using Rows = typename S::Rows;
+  using Columns = typename S::Columns;
+  constexpr int kColumns = S::kColumns;
+  const Problem& p = plan.call.problem;
+  const Cut& cut = plan.streams.cut;
+  const BoxOrder& box = cut.columns;
+  const float scale = static_cast<float>(p.scale);
+  const float log2_scale = kHasBias ? kLog2E : scale * kLog2E;
+  const int lane = threadIdx.x % kWarpLanes;
+
+  const int pipeline = index / S::kGroups;
+  Consumer<S> own(shared.pipeline[pipeline], index);
+  const int group = own.group;
+  RowView view;
+  view.place<S::kGroups>(cut, group);
+  float dkey[S::kDim / 2], dvalue[S::kDim / 2];
+
+  for (;;) {
+    const uint32_t stage = own.next_tile();
+    const auto& table = own.pipeline.table[stage];
+    if (table.end) return;
+    if (p.head_dim < S::kDim || p.value_dim < S::kDim) {
+      clear_padding<Rows>(own.rows(stage, 0), p.head_dim);
+      clear_padding<Rows>(own.rows(stage, 1), p.value_dim);
+      own.barrier();
+    }
+    const uint32_t keys = ptx::shared_address(own.rows(stage, 0));
+    const uint32_t values = ptx::shared_address(own.rows(stage, 1));
+    view.read(table, cut);
+    const int32_t boxes = uniform(table.boxes);
+    const int32_t first = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
+    clear(dkey);
+    clear(dvalue);
+
+    const auto visit = [&](int32_t head, const BoxWalk& walk, uint32_t at) {
+      float weights[kColumns / 2], dscores[kColumns / 2];
+      uint32_t operand[kColumns / 4], doperand[kColumns / 4];  // P and dS
+      const uint32_t queries = ptx::shared_address(own.block(at));
+      const uint32_t douts = ptx::shared_address(own.block(at + 1));
+      own.wait(at);
+      pin(weights);
+      products_begin();
+      multiply_channels<T, Rows, Columns>(weights, keys, queries);
+      products_commit();
+      own.wait(at + 1);
+      if (p.frame != nullptr) {  // what lies beyond the frame is no number
+        products_wait<0>();
+        pin(weights);
+        clear_overhang<Columns>(own.block(at), table, walk, box);
+        clear_overhang<Columns>(own.block(at + 1), table, walk, box);
+        own.barrier();
+      }
+      pin(dscores);
+      products_begin();
+      multiply_channels<T, Rows, Columns>(dscores, values, douts);
+      products_commit();
+
+      // ---- Weights ----
+      const bool masked = kHasBias || box.size < kColumns || !view.all_see(walk, cut);
+      LaneMask<kColumns> mask;
+      if (masked) mask = view.mask(shared.sets, walk, cut);
+      products_wait<1>();
+      pin(weights);
+      if constexpr (kHasBias) {
+#pragma unroll
+        for (float& score : weights) score *= scale;
+        const float* bias = static_cast<const float*>(plan.call.in.bias) +
+                            table.batch * p.bias_batch_stride + head * p.bias_size();
+        const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
+                                          table.lo[2] + walk.at[2]};
+        add_bias<Sides<Side::kKeys>::kSign, kColumns>(weights, mask, bias, shared.bias, p, view,
+                                                      box_at);
+      }
+      const auto& statistics = shared.statistics[pipeline][own.pipeline.ring.slot(at)];
+      const auto* lse = reinterpret_cast<const float2*>(statistics.lse) + lane % 4;
+      const auto* delta = reinterpret_cast<const float2*>(statistics.delta) + lane % 4;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float2 pair = lse[4 * n];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& weight = weights[4 * n + e];
+          weight = ptx::exp2(weight * log2_scale - (e % 2 == 0 ? pair.x : pair.y));
+        }
+      }
+      if (masked) select<kColumns>(weights, mask);
+      pack_all<T>(operand, weights);
+      pin(dvalue);
+      pin(operand);
+      products_begin();
+      multiply_rows<T, Columns>(dvalue, operand, douts);
+      products_commit();
+
+      // ---- Their gradients ----
+      products_wait<1>();
+      pin(dscores);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float2 pair = delta[4 * n];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          dscores[4 * n + e] =
+              weights[4 * n + e] * (dscores[4 * n + e] - (e % 2 == 0 ? pair.x : pair.y));
+        }
+      }
+      if (masked) select<kColumns>(dscores, mask);
+      pack_all<T>(doperand, dscores);
+      pin(dkey);
+      pin(doperand);
+      products_begin();
+      multiply_rows<T, Columns>(dkey, doperand, queries);
+      products_commit();
+      products_wait<1>();
+      pin(dvalue);
+      own.release(at + 1);
+      products_wait<0>();
+      pin(dkey);
+      own.release(at);
+    };
+
+    for (int32_t member = 0; member < plan.streams.members; ++member) {
+      const int32_t head = table.head * plan.streams.members + member;
+      BoxWalk walk = walk_of(table, cut, group);
+#pragma unroll 1
+      for (int32_t i = 0; i < boxes; ++i) {
+        const uint32_t at = own.base + 2 * i;
+        if (i < first || i >= last) {
+          own.pass_by(at);
+          continue;
+        }
+        visit(head, walk, at);
+        walk.advance(table.length, box);
+      }
+      own.base += 2 * boxes;
+    }
+
+    own.barrier();  // all warps are done with these keys and values
+    const int64_t row = table.batch * p.key_tokens() * p.key_heads + table.head;
+    const auto store = [&](const auto& gradient, float by, void* to, int array, int32_t dim) {
+      if (to == nullptr) return;
+      const float factor[2] = {by, by};
+      store_product<T, Rows>(gradient, factor, own.rows(stage, array), table.token[group],
+                             static_cast<T*>(to) + row * dim, int64_t{p.key_heads} * dim, dim);
+    };
+    store(dkey, scale, plan.call.dkey, 0, p.head_dim);
+    store(dvalue, 1, plan.call.dvalue, 1, p.value_dim);
+    own.release_tile(stage);
+  }
+}
+
+template <class S, bool kHasBias>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    dkey_dvalue_kernel(const __grid_constant__ BackwardPlan plan) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<DKeyShared<S>*>(memory);
+  const Streams& streams = plan.streams;
+  const Problem& p = plan.call.problem;
+  init<S>(shared.pipeline, streams.cut);
+  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  if constexpr (kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
+  __syncthreads();
+  divide_labour<S>(
+      [&](int pipeline, int32_t tile) {
+        produce<S, Side::kKeys>(streams, p, shared.pipeline[pipeline], tile,
+                                StatisticsReader<S::kColumns>(plan.call, streams.cut.columns,
+                                                              shared.statistics[pipeline]));
+      },
+      [&](int consumer) { consume<S, kHasBias>(plan, shared, consumer); });
+}
+
+template <typename T, int kDim>
+cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, const HopperTiling& tiling,
+                               cudaStream_t stream) {
+  return with_variant<DKey<kDim>>(tiling.columns, tiling.groups, [&](auto index) {
+    constexpr Variant kVariant = DKey<kDim>::kList[decltype(index)::value];
+    using S = Shape<T, kDim, 2, kVariant.columns, kVariant.groups, kVariant.pipelines>;
+    static_assert(sizeof(DKeyShared<S>) <= kSharedMemory);
+    return launch<S>(plan.call.in.bias == nullptr ? &dkey_dvalue_kernel<S, false>
+                                                  : &dkey_dvalue_kernel<S, true>,
+                     sizeof(DKeyShared<S>), plan, stream);
+  });
+}
+
+}  // namespace jax_na::cuda::sm90

@@ -1,0 +1,231 @@
+// Gradient of the queries on Hopper: rows are queries and output gradients, columns keys and
+// values.
+//
+//   P = exp(scale Q K^T + bias - lse),  dS = P (dO V^T - delta),  dQ = scale dS K
+//
+//   S0, dP0 | P0 dS0 | S1, dP1, dQ += dS0 K0 | P1 dS1 | ...
+//
+// The elementwise part of a box runs while the tensor cores multiply dS of the one before.
+#pragma once
+
+#include <iterator>
+#include <utility>
+
+#include "bias.cuh"
+#include "pipeline.cuh"
+#include "softmax.cuh"
+
+namespace jax_na::cuda::sm90 {
+
+template <class S>
+struct DQueryShared {
+  typename S::Pipeline pipeline[S::kPipelines];
+  alignas(16) ColumnSets<S::kColumns> sets;
+  alignas(8) BiasColumns<S::kColumns> bias;
+};
+
+template <class S, bool kHasBias>
+__device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S>& shared,
+                                        int index) {
+  using T = typename S::T;
+  using Rows = typename S::Rows;
+  using Columns = typename S::Columns;
+  constexpr int kColumns = S::kColumns;
+  const Problem& p = plan.call.problem;
+  const Cut& cut = plan.streams.cut;
+  const BoxOrder& box = cut.columns;
+  const float scale = static_cast<float>(p.scale);
+  const float log2_scale = kHasBias ? kLog2E : scale * kLog2E;
+
+  Consumer<S> own(shared.pipeline[index / S::kGroups], index);
+  const int group = own.group;
+  const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
+  RowView view;
+  view.place<S::kGroups>(cut, group);
+  float dquery[S::kDim / 2];
+  uint32_t dweights[kColumns / 4];  // dS as an operand
+
+  for (;;) {
+    const uint32_t stage = own.next_tile();
+    const auto& table = own.pipeline.table[stage];
+    if (table.end) return;
+    if (p.head_dim < S::kDim || p.value_dim < S::kDim) {
+      clear_padding<Rows>(own.rows(stage, 0), p.head_dim);
+      clear_padding<Rows>(own.rows(stage, 1), p.value_dim);
+      own.barrier();
+    }
+    const uint32_t queries = ptx::shared_address(own.rows(stage, 0));
+    const uint32_t douts = ptx::shared_address(own.rows(stage, 1));
+    view.read(table, cut);
+    float lse[2], delta[2];  // lse in log2 units, and +inf, so that weights are 0, for -inf
+    const int64_t first_row = table.batch * p.query_tokens() * p.heads + table.head;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t token = table.token[group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h];
+      const int64_t row = first_row + int64_t{max(token, 0)} * p.heads;
+      const float natural =
+          token < 0 ? -kInfinity : static_cast<const float*>(plan.call.lse)[row];
+      const bool empty = natural == -kInfinity;
+      lse[h] = empty ? kInfinity : natural * kLog2E;
+      delta[h] = empty ? 0 : static_cast<const float*>(plan.call.delta)[row];
+    }
+    const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
+    int32_t i = 0, next = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
+    BoxWalk walk = walk_of(table, cut, group);
+    clear(dquery);
+    bool pending = false;  // dS of a box is to be multiplied
+    uint32_t keys = 0;     // by the keys at this position
+
+    const auto add_keys = [&] {
+      pin(dquery);
+      pin(dweights);
+      products_begin();
+      multiply_rows<T, Columns>(dquery, dweights, ptx::shared_address(own.block(keys)));
+      products_commit();
+    };
+    const auto keys_added = [&] {
+      products_wait<0>();
+      pin(dquery);
+      own.release(keys);
+      pending = false;
+    };
+    const auto visit = [&](int32_t i, auto has_pending) {
+      constexpr bool kPending = decltype(has_pending)::value;
+      const uint32_t at = own.base + 2 * i;
+      float weights[kColumns / 2], dscores[kColumns / 2];
+      own.wait(at);
+      if (p.frame != nullptr && i < grid_boxes) {  // what lies beyond the frame is no number
+        clear_overhang<Columns>(own.block(at), table, walk, box);
+        own.barrier();
+      }
+      pin(weights);
+      products_begin();
+      multiply_channels<T, Rows, Columns>(weights, queries, ptx::shared_address(own.block(at)));
+      products_commit();
+      own.wait(at + 1);
+      pin(dscores);
+      products_begin();
+      multiply_channels<T, Rows, Columns>(dscores, douts, ptx::shared_address(own.block(at + 1)));
+      products_commit();
+      if constexpr (kPending) {
+        add_keys();
+        products_wait<2>();
+      } else {
+        products_wait<1>();
+      }
+      pin(weights);
+
+      // ---- Weights ----
+      LaneMask<kColumns> mask;
+      bool masked;
+      if (i >= grid_boxes) {
+        const int32_t left = min(p.additional - (i - grid_boxes) * box.size, box.size);
+        masked = left < kColumns;
+        if (masked) mask = LaneMask<kColumns>::leading(left);
+        if constexpr (kHasBias) {
+#pragma unroll
+          for (float& score : weights) score *= scale;
+        }
+      } else {
+        masked = kHasBias || box.size < kColumns || !view.all_see(walk, cut);
+        if (masked) mask = view.mask(shared.sets, walk, cut);
+        if constexpr (kHasBias) {
+#pragma unroll
+          for (float& score : weights) score *= scale;
+          const float* bias = static_cast<const float*>(plan.call.in.bias) +
+                              table.batch * p.bias_batch_stride + table.head * p.bias_size();
+          const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
+                                            table.lo[2] + walk.at[2]};
+          add_bias<Sides<Side::kQueries>::kSign, kColumns>(weights, mask, bias, shared.bias, p,
+                                                           view, box_at);
+        }
+        walk.advance(table.length, box);
+      }
+#pragma unroll
+      for (int e = 0; e < kColumns / 2; ++e) {
+        weights[e] = ptx::exp2(weights[e] * log2_scale - lse[e / 2 % 2]);
+      }
+
+      // ---- Their gradients ----
+      if constexpr (kPending) {
+        products_wait<1>();
+      } else {
+        products_wait<0>();
+      }
+      pin(dscores);
+      own.release(at + 1);
+#pragma unroll
+      for (int e = 0; e < kColumns / 2; ++e) {
+        dscores[e] = weights[e] * (dscores[e] - delta[e / 2 % 2]);
+      }
+      if (masked) select<kColumns>(dscores, mask);
+      if constexpr (kPending) keys_added();
+      pack_all<T>(dweights, dscores);
+      keys = at;
+      pending = true;
+    };
+    const auto finish_pending = [&] {
+      if (!pending) return;
+      add_keys();
+      keys_added();
+    };
+
+    for (int run = 0; run < 2; ++run) {  // boxes in the grid, then those of additional keys
+      if (i < next) finish_pending();
+#pragma unroll 1
+      for (; i < next; ++i) own.pass_by(own.base + 2 * i);
+#pragma unroll 1
+      for (; i < last; ++i) {
+        if (pending) {
+          visit(i, std::true_type{});
+        } else {
+          visit(i, std::false_type{});
+        }
+      }
+      next = grid_boxes;
+      last = boxes;
+    }
+    finish_pending();
+    own.base += 2 * boxes;
+
+    own.barrier();  // all warps are done with these queries
+    const float factor[2] = {scale, scale};
+    store_product<T, Rows>(dquery, factor, own.rows(stage, 0), table.token[group],
+                           static_cast<T*>(plan.call.dquery) + first_row * p.head_dim,
+                           int64_t{p.heads} * p.head_dim, p.head_dim);
+    own.release_tile(stage);
+  }
+}
+
+template <class S, bool kHasBias>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    dquery_kernel(const __grid_constant__ BackwardPlan plan) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<DQueryShared<S>*>(memory);
+  const Streams& streams = plan.streams;
+  const Problem& p = plan.call.problem;
+  init<S>(shared.pipeline, streams.cut);
+  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  if constexpr (kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
+  __syncthreads();
+  divide_labour<S>(
+      [&](int pipeline, int32_t tile) {
+        produce<S, Side::kQueries>(streams, p, shared.pipeline[pipeline], tile, NoStatistics());
+      },
+      [&](int consumer) { consume<S, kHasBias>(plan, shared, consumer); });
+}
+
+template <typename T, int kDim>
+cudaError_t launch_dquery(const BackwardPlan& plan, const HopperTiling& tiling,
+                          cudaStream_t stream) {
+  return with_variant<DQuery<kDim>>(tiling.columns, tiling.groups, [&](auto index) {
+    constexpr Variant kVariant = DQuery<kDim>::kList[decltype(index)::value];
+    using S = Shape<T, kDim, 2, kVariant.columns, kVariant.groups, kVariant.pipelines>;
+    static_assert(sizeof(DQueryShared<S>) <= kSharedMemory);
+    return launch<S>(plan.call.in.bias == nullptr ? &dquery_kernel<S, false>
+                                                  : &dquery_kernel<S, true>,
+                     sizeof(DQueryShared<S>), plan, stream);
+  });
+}
+
+}  // namespace jax_na::cuda::sm90

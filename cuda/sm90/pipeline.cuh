@@ -1,0 +1,282 @@
+// The frame that all Hopper kernels share. A CTA has consumer warpgroups, which own boxes of
+// rows, and a producer warpgroup, whose warps bring those rows and then, box by box, the columns
+// that they see. CTAs stay and take one tile after the other.
+//
+// Warpgroups either share the columns of neighbouring boxes of rows (`kGroups` of them), which
+// divides the traffic, or have pipelines of their own (`kPipelines`), which suits small windows.
+// Every visited box comes as two blocks, keys and values or queries and output gradients, in two
+// slots of the ring.
+#pragma once
+
+#include "blocks.cuh"
+#include "launch.cuh"
+#include "plans.cuh"
+#include "ring.cuh"
+#include "rows.cuh"
+#include "tile.cuh"
+#include "variants.h"
+
+namespace jax_na::cuda::sm90 {
+
+constexpr int kSharedMemory = 227 * 1024;
+
+// kRowArrays: queries alone, or queries and output gradients, or keys and values.
+template <typename T_, int kDim_, int kRowArrays_, int kColumns_, int kGroups_, int kPipelines_>
+struct Shape {
+  using T = T_;
+  static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
+  static constexpr int kRowArrays = kRowArrays_;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kGroups = kGroups_;  // consumer warpgroups of a pipeline
+  static constexpr int kPipelines = kPipelines_;
+  static constexpr int kConsumers = kGroups * kPipelines;
+  static_assert(kConsumers >= 2 && kConsumers <= 4);
+
+  using Rows = Block<kDim, kGroupRows>;
+  using Columns = Block<kDim, kColumns>;
+
+  static constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 120;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+
+  static constexpr int kTiles = 2;  // of which rows and tables are there at once
+  static constexpr int kFixed = kTiles * kGroups * kRowArrays * Rows::kAllBytes;
+  static constexpr int kTables = 3 * 1024 * kGroups + 1024 + 6 * 1024 / kPipelines;  // at most
+  static constexpr int kFit =
+      (kSharedMemory / kPipelines - kTables - kFixed) / Columns::kAllBytes;
+  static constexpr int kSlots = kFit < 16 ? kFit : 16;
+  static_assert(kSlots >= 3, "the walk would stall");
+
+  struct Pipeline {
+    // Where results are put in the end.
+    alignas(1024) uint8_t row[kTiles][kRowArrays][kGroups][Rows::kAllBytes];
+    alignas(1024) uint8_t column[kSlots][Columns::kAllBytes];
+    Ring<kSlots> ring;
+    uint64_t tile_full[kTiles], tile_empty[kTiles];  // rows and table
+    TileTable<kGroups> table[kTiles];
+  };
+};
+
+// ---- Producer ----------------------------------------------------------------------------
+
+// What comes with a box beside its blocks: nothing.
+struct NoStatistics {
+  __device__ __forceinline__ void read(int32_t, int32_t, const int32_t (&)[kMaxRank]) {}
+  __device__ __forceinline__ void put(uint32_t) {}
+};
+
+template <class S, Side kRowsAre, class Statistics>
+__device__ __forceinline__ void produce(const Streams& streams, const Problem& p,
+                                        typename S::Pipeline& pipeline, int32_t tile,
+                                        Statistics statistics) {
+  using Rows = typename S::Rows;
+  using Columns = typename S::Columns;
+  const Cut& cut = streams.cut;
+  const BoxOrder& box = cut.columns;
+  const bool elected = threadIdx.x % kWarpLanes == 0;
+  uint32_t position = 0, round = 0;
+  const auto wait_for_stage = [&] {
+    const uint32_t stage = round % S::kTiles;
+    ptx::barrier_wait(&pipeline.tile_empty[stage], round / S::kTiles % 2 ^ 1);
+    return stage;
+  };
+  for (; tile < streams.tiles; tile += gridDim.x * S::kPipelines) {
+    const TilePlace place(tile, cut.ctas, p.window, streams.group, streams.key_heads);
+    if (!place.exists(Sides<kRowsAre>::row_grid(p))) continue;
+    const uint32_t stage = wait_for_stage();
+    const Visits visits = fill_table<kRowsAre>(&pipeline.table[stage], p, cut, place);
+    __syncwarp();
+    const int32_t batch = static_cast<int32_t>(place.batch);
+    if (elected) {
+      uint64_t* full = &pipeline.tile_full[stage];
+      ptx::barrier_expect(full, S::kRowArrays * S::kGroups * box_bytes<Rows>(cut.rows.size));
+#pragma unroll
+      for (int g = 0; g < S::kGroups; ++g) {
+        int32_t at[kMaxRank];
+#pragma unroll
+        for (int a = 0; a < kMaxRank; ++a) {
+          const int32_t before = a == cut.group_axis ? g * cut.rows.extent[a] : 0;
+          at[a] = place.first[a] + p.window[a].dilation * before;
+        }
+#pragma unroll
+        for (int k = 0; k < S::kRowArrays; ++k) {
+          copy_block<Rows>(pipeline.row[stage][k][g], &streams.row[k], full,
+                           place.head * streams.dim[k], at, batch);
+        }
+      }
+    }
+    const auto copy_columns = [&](const CUtensorMap (&maps)[2], int32_t head,
+                                  const int32_t(&at)[kMaxRank]) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t slot = pipeline.ring.slot(position);
+        pipeline.ring.wait_empty(position);
+        if (k == 0) {
+          statistics.put(slot);
+          __syncwarp();
+        }
+        if (elected) {
+          uint64_t* full = pipeline.ring.expect(position, box_bytes<Columns>(box.size));
+          copy_block<Columns>(pipeline.column[slot], &maps[k], full, head * streams.dim[k], at,
+                              batch);
+        }
+        ++position;
+      }
+    };
+    for (int32_t member = 0; member < streams.members; ++member) {
+      const int32_t head = place.key_head * streams.members + member;
+      BoxWalk walk;
+      for (int32_t i = 0; i < visits.grid_boxes; ++i) {
+        int32_t at[kMaxRank];
+#pragma unroll
+        for (int a = 0; a < kMaxRank; ++a) {
+          at[a] = visits.start[a] + p.window[a].dilation * walk.at[a];
+        }
+        statistics.read(batch, head, at);
+        copy_columns(streams.column, head, at);
+        walk.advance(visits.length, box);
+      }
+      for (int32_t i = 0; i < visits.boxes - visits.grid_boxes; ++i) {
+        const int32_t at[kMaxRank] = {0, 0, i * box.size};
+        copy_columns(streams.list, head, at);
+      }
+    }
+    ++round;
+  }
+  const uint32_t stage = wait_for_stage();
+  if (elected) {
+    pipeline.table[stage].end = true;
+    ptx::barrier_arrive(&pipeline.tile_full[stage]);
+  }
+}
+
+// ---- Consumers ---------------------------------------------------------------------------
+
+// A consumer warpgroup's side of its pipeline.
+template <class S>
+struct Consumer {
+  typename S::Pipeline& pipeline;
+  int index, group;  // among all consumers, in the pipeline
+  uint32_t round = 0;
+  uint32_t base = 0;  // position of the first block that is not behind
+
+  __device__ __forceinline__ Consumer(typename S::Pipeline& pipeline, int index)
+      : pipeline(pipeline), index(index), group(index % S::kGroups) {}
+
+  static __device__ __forceinline__ bool elected() { return threadIdx.x % kWarpLanes == 0; }
+
+  // The stage of the next tile, whose rows and table have arrived.
+  __device__ __forceinline__ uint32_t next_tile() {
+    const uint32_t stage = round % S::kTiles;
+    ptx::barrier_wait(&pipeline.tile_full[stage], round / S::kTiles % 2);
+    ++round;
+    return stage;
+  }
+  // Results may have been put where the next rows come.
+  __device__ __forceinline__ void release_tile(uint32_t stage) {
+    ptx::fence_async_proxy();
+    __syncwarp();
+    if (elected()) ptx::barrier_arrive(&pipeline.tile_empty[stage]);
+  }
+  __device__ __forceinline__ uint8_t* rows(uint32_t stage, int array) {
+    return pipeline.row[stage][array][group];
+  }
+
+  __device__ __forceinline__ uint8_t* block(uint32_t position) {
+    return pipeline.column[pipeline.ring.slot(position)];
+  }
+  __device__ __forceinline__ void wait(uint32_t position) { pipeline.ring.wait(position); }
+  __device__ __forceinline__ void release(uint32_t position) {
+    if (elected()) pipeline.ring.release(position);
+  }
+  // The two blocks of a box that the warpgroup does not see.
+  __device__ __forceinline__ void pass_by(uint32_t position) {
+    wait(position);
+    release(position);
+    wait(position + 1);
+    release(position + 1);
+  }
+  __device__ __forceinline__ void barrier() const { group_barrier(index); }
+};
+
+// Where the walk of a warpgroup over the boxes that it sees begins.
+template <int kGroups>
+__device__ __forceinline__ BoxWalk walk_of(const TileTable<kGroups>& table, const Cut& cut,
+                                           int group) {
+  BoxWalk walk;
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) {
+    walk.at[a] = a == cut.group_axis ? table.first_at[group] : 0;
+  }
+  return walk;
+}
+
+// Barriers and what no copy writes, which must not be taken for infinity. All threads; the caller
+// synchronises.
+template <class S>
+__device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipelines],
+                                     const Cut& cut) {
+  if (threadIdx.x == 0) {
+    for (auto& pipeline : pipelines) {
+      pipeline.ring.init(S::kGroups * kGroupWarps);
+      for (int i = 0; i < S::kTiles; ++i) {
+        ptx::barrier_init(&pipeline.tile_full[i], 1);
+        ptx::barrier_init(&pipeline.tile_empty[i], S::kGroups * kGroupWarps);
+      }
+    }
+    ptx::fence_barrier_init();
+  }
+  for (auto& pipeline : pipelines) {
+    clear_rest<typename S::Columns, S::kThreads>(pipeline.column[0], S::kSlots,
+                                                 cut.columns.size);
+    clear_rest<typename S::Rows, S::kThreads>(pipeline.row[0][0][0],
+                                              S::kTiles * S::kRowArrays * S::kGroups,
+                                              cut.rows.size);
+  }
+  ptx::fence_async_proxy();
+}
+
+// Gives every warpgroup its part and its registers.
+template <class S, class Produce, class Consume>
+__device__ __forceinline__ void divide_labour(const Produce& produce, const Consume& consume) {
+  const int consumer = uniform(threadIdx.x / kGroupThreads);
+  if (consumer == S::kConsumers) {
+    ptx::fewer_registers<S::kProducerRegisters>();
+    const int producer = uniform(threadIdx.x % kGroupThreads / kWarpLanes);
+    if (producer < S::kPipelines) {
+      produce(producer, blockIdx.x * S::kPipelines + producer);
+    }
+  } else {
+    ptx::more_registers<S::kConsumerRegisters>();
+    consume(consumer);
+  }
+}
+
+template <class S, class Plan>
+cudaError_t launch(void (*kernel)(const Plan), int64_t shared_bytes, const Plan& plan,
+                   cudaStream_t stream) {
+  const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;
+  return launch_persistent(kernel, ctas, S::kThreads, shared_bytes, plan, stream);
+}
+
+// Calls launch(variant) with the variant that was compiled for these columns and groups, as a
+// constant; cudaErrorInvalidValue where there is none.
+template <class Variants, size_t... kIndex, class Launch>
+cudaError_t with_variant(int columns, int groups, const Launch& launch,
+                         std::index_sequence<kIndex...>) {
+  cudaError_t status = cudaErrorInvalidValue;
+  const auto attempt = [&](auto index) {
+    constexpr size_t kOwn = decltype(index)::value;
+    constexpr Variant kVariant = Variants::kList[kOwn];
+    if (kVariant.columns == columns && kVariant.groups == groups) status = launch(index);
+  };
+  (attempt(std::integral_constant<size_t, kIndex>{}), ...);
+  return status;
+}
+template <class Variants, class Launch>
+cudaError_t with_variant(int columns, int groups, const Launch& launch) {
+  return with_variant<Variants>(columns, groups, launch,
+                                std::make_index_sequence<std::size(Variants::kList)>{});
+}
+
+}  // namespace jax_na::cuda::sm90

@@ -1,0 +1,63 @@
+// The host's side of what producers bring: cuts of the grids and tensor maps.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "plans.cuh"
+#include "variants.h"
+
+namespace jax_na::cuda::sm90 {
+
+// Two arrays of the same tokens: queries and output gradients, or keys and values.
+struct TokenPair {
+  const void* first;
+  const void* second;  // may be null
+};
+
+// Whether kernels exist for the types and head dimensions of a problem.
+bool supported(const Problem& p);
+
+// Rows are queries, columns are keys and then additional keys.
+cudaError_t make_query_streams(const Problem& p, const HopperTiling& tiling,
+                               const TokenPair& queries, const Inputs& in, Streams* streams);
+
+// Rows are keys, columns are the queries of every head of a group.
+cudaError_t make_key_streams(const Problem& p, const HopperTiling& tiling, const Inputs& in,
+                             const TokenPair& queries, Streams* streams);
+
+template <typename T, int kPaddedDim>
+struct TypeAndDim {
+  using Type = T;
+  static constexpr int kDim = kPaddedDim;
+};
+
+// Calls launch(TypeAndDim) for the element type and padded head dimension of a problem, of those
+// up to kLargest.
+template <int kLargest, class Launch>
+cudaError_t with_type_and_dim(const Problem& p, const Launch& launch) {
+  const auto with_type = [&](auto type) -> cudaError_t {
+    using T = decltype(type);
+    switch (padded_dim(p)) {
+      case 32:
+        return launch(TypeAndDim<T, 32>{});
+      case 64:
+        return launch(TypeAndDim<T, 64>{});
+      case 96:
+        return launch(TypeAndDim<T, 96>{});
+      case 128:
+        return launch(TypeAndDim<T, 128>{});
+    }
+    if constexpr (kLargest > 128) {
+      switch (padded_dim(p)) {
+        case 192:
+          return launch(TypeAndDim<T, 192>{});
+        case 256:
+          return launch(TypeAndDim<T, 256>{});
+      }
+    }
+    return cudaErrorInvalidValue;
+  };
+  return p.element_type == ElementType::kBF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
+}
+
+}  // namespace jax_na::cuda::sm90
