@@ -98,8 +98,14 @@ cudaError_t backward_fused(const BackwardCall& call, const ffi::Dictionary& attr
   if (call.workspace_size < size) {
     refuse("the workspace must hold ", size, " elements, got ", call.workspace_size);
   }
-  return cuda::backward_fused(call, plan, attribute<bool>(attributes, "highest_precision"),
-                              call.workspace, stream);
+  BackwardCall rest = call;
+  if (const auto hopper = hopper_backward(attributes, p)) {
+    const cudaError_t status = cuda::backward_sm90(call, *hopper, stream);
+    if (status != cudaSuccess) return status;
+    rest.dquery = rest.dkey = rest.dvalue = nullptr;
+  }
+  return cuda::backward_fused(rest, plan, attribute<bool>(attributes, "highest_precision"),
+                              rest.workspace, stream);
 }
 
 using UnfusedNaive = cudaError_t(const cuda::UnfusedCall&, cudaStream_t);

@@ -52,42 +52,42 @@ inline std::optional<cuda::HopperTiling> hopper_tiling(const ffi::Dictionary& at
   return tiling;
 }
 
-// Whether a kernel of table `Kernels` was compiled for a tiling: an exported program may ask for
-// one that a later version has no more.
-template <template <int> class Kernels>
+// Whether table `Kernels` has the kernel of a tiling, among those for padded head dimensions
+// `kDims`: an exported program may ask for one that a later version has no more.
+template <template <int> class Kernels, int... kDims>
 bool is_compiled(const Problem& p, const cuda::HopperTiling& tiling) {
-  const auto among = [&](const auto& variants) {
+  bool found = false;
+  const auto search = [&](int dim, const auto& variants) {
+    if (dim != cuda::sm90::padded_dim(p)) return;
     for (const cuda::sm90::Variant& variant : variants) {
-      if (variant.columns == tiling.columns && variant.groups == tiling.groups) return true;
+      found |= variant.columns == tiling.columns && variant.groups == tiling.groups;
     }
-    return false;
   };
-  switch (cuda::sm90::padded_dim(p)) {
-    case 32:
-      return among(Kernels<32>::kVariants);
-    case 64:
-      return among(Kernels<64>::kVariants);
-    case 96:
-      return among(Kernels<96>::kVariants);
-    case 128:
-      return among(Kernels<128>::kVariants);
-    case 192:
-      return among(Kernels<192>::kVariants);
-    case 256:
-      return among(Kernels<256>::kVariants);
-    default:
-      return false;
-  }
+  (search(kDims, Kernels<kDims>::kList), ...);
+  return found;
 }
 
-// How the kernels for Hopper run the forward pass; nothing where the portable ones do.
+// How the kernels for Hopper run a pass; nothing where the portable ones do.
 inline std::optional<cuda::HopperTiling> hopper_forward(const ffi::Dictionary& attributes,
                                                         const Problem& p) {
   const auto tiling = hopper_tiling(attributes, p, "forward");
-  if (!tiling || !is_compiled<cuda::sm90::Forward>(p, *tiling) || !device_is_hopper()) {
+  if (!tiling || !is_compiled<cuda::sm90::Forward, 32, 64, 96, 128, 192, 256>(p, *tiling) ||
+      !device_is_hopper()) {
     return std::nullopt;
   }
   return tiling;
+}
+
+inline std::optional<cuda::HopperBackwardTiling> hopper_backward(
+    const ffi::Dictionary& attributes, const Problem& p) {
+  const auto dquery = hopper_tiling(attributes, p, "dquery");
+  const auto dkey_dvalue = hopper_tiling(attributes, p, "dkey_dvalue");
+  if (!dquery || !is_compiled<cuda::sm90::DQuery, 32, 64, 96, 128>(p, *dquery) ||
+      !dkey_dvalue || !is_compiled<cuda::sm90::DKey, 32, 64, 96, 128>(p, *dkey_dvalue) ||
+      !device_is_hopper()) {
+    return std::nullopt;
+  }
+  return cuda::HopperBackwardTiling{*dquery, *dkey_dvalue};
 }
 
 }  // namespace jax_na

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_na import _support, _tiling, _tiling_sm90
 from jax_na._native import Attributes
@@ -15,24 +15,20 @@ _WANTED_CTAS = 528
 _WORKSPACE_FLOATS = (16 << 20) // 4
 
 
-@dataclasses.dataclass(frozen=True)
-class HopperPlan:
-    """How the kernels for Hopper cut a call, where it runs on such a device.
+class HopperBackward(NamedTuple):
+    """How the kernels for Hopper cut a backward pass.
 
     Attributes:
-        forward: boxes of the forward pass, whose row boxes own queries.
+        dquery: boxes whose rows are queries.
+        dkey_dvalue: boxes whose rows are keys.
     """
 
-    forward: _tiling_sm90.Tiling
-
-    @property
-    def forward_attributes(self) -> Attributes:
-        """What the custom call of the forward pass carries of it."""
-        return _hopper_attributes("forward", self.forward)
+    dquery: _tiling_sm90.Tiling
+    dkey_dvalue: _tiling_sm90.Tiling
 
 
 def _hopper_attributes(name: str, tiling: _tiling_sm90.Tiling) -> Attributes:
-    """Of a pass, as ``ffi/hopper.h`` reads them."""
+    """Of a launch, as ``ffi/hopper.h`` reads them."""
     return (
         (f"sm90_{name}_row_box", tiling.row_box),
         (f"sm90_{name}_column_box", tiling.column_box),
@@ -53,7 +49,9 @@ class Plan:
         dkey: boxes of the gradients of key and value, whose tiles own keys.
         bias_splits: CTAs that share one table of the bias's gradient.
         additional_splits: CTAs that share the queries of 64 additional keys.
-        hopper: what the kernels for Hopper do instead, or why they do not run the call.
+        hopper_forward: boxes of the kernel for Hopper that makes the forward pass on such
+            a device, or why the portable one does there too.
+        hopper_backward: the same of the gradients of query, key and value.
     """
 
     forward: _tiling.Tiling
@@ -61,21 +59,24 @@ class Plan:
     dkey: _tiling.Tiling
     bias_splits: int
     additional_splits: int
-    hopper: HopperPlan | str
+    hopper_forward: _tiling_sm90.Tiling | str
+    hopper_backward: HopperBackward | str
 
     @property
     def forward_attributes(self) -> Attributes:
         """What the custom call of the forward pass carries of it."""
-        return (
+        portable = (
             ("query_tile", self.forward.row_tile),
             ("key_box", self.forward.column_box),
-            *(() if isinstance(self.hopper, str) else self.hopper.forward_attributes),
         )
+        if isinstance(self.hopper_forward, str):
+            return portable
+        return portable + _hopper_attributes("forward", self.hopper_forward)
 
     @property
     def backward_attributes(self) -> Attributes:
         """What the custom call of the backward pass carries of it."""
-        return (
+        portable = (
             ("query_tile", self.dquery.row_tile),
             ("key_box", self.dquery.column_box),
             ("query_box", self.dkey.column_box),
@@ -83,6 +84,10 @@ class Plan:
             ("bias_splits", self.bias_splits),
             ("additional_splits", self.additional_splits),
         )
+        if isinstance(self.hopper_backward, str):
+            return portable
+        launches = self.hopper_backward._asdict().items()
+        return sum((_hopper_attributes(*launch) for launch in launches), portable)
 
 
 def make_plan(
@@ -97,47 +102,84 @@ def make_plan(
     queries, keys = _axes(problem, operands.query), _axes(problem, operands.key)
     forward = _tiling.plan_rows_are_queries(queries, variant.forward, model)
     dquery = _tiling.plan_rows_are_queries(queries, variant.dquery, model)
-    hopper: HopperPlan | str = f"{implementation!r} has no kernels for Hopper"
+    dkey = _tiling.plan_rows_are_keys(keys, variant.dkey, model)
+    hopper_forward: Any = f"{implementation!r} has no kernels for Hopper"
+    hopper_backward = hopper_forward
     if implementation == "fused":
-        hopper = _hopper_plan(problem, operands, model.cost(forward))
+        hopper_forward = _hopper_forward(problem, operands, model.cost(forward))
+        costs = model.cost(dquery), model.cost(dkey)
+        hopper_backward = _hopper_backward(problem, operands, *costs)
     return Plan(
         forward,
         dquery,
-        _tiling.plan_rows_are_keys(keys, variant.dkey, model),
+        dkey,
         _bias_splits(problem, operands, dquery.tiles),
         _additional_splits(problem, operands),
-        hopper,
+        hopper_forward,
+        hopper_backward,
     )
 
 
-def _hopper_plan(
+def _hopper_refusal(function: str, problem: Problem, operands: Operands) -> str | None:
+    channels = max(operands.query.shape[-1], operands.value.shape[-1])
+    dtype = operands.query.dtype
+    return _support.hopper_refusal(function, dtype, channels, problem.dilation)
+
+
+def _hopper_forward(
     problem: Problem, operands: Operands, portable_cost: float
-) -> HopperPlan | str:
-    """Or why there is none. ``portable_cost`` is that of the portable forward pass."""
-    query, value = operands.query, operands.value
-    channels = max(query.shape[-1], value.shape[-1])
-    refusal = _support.hopper_refusal(query.dtype, problem.dilation)
+) -> _tiling_sm90.Tiling | str:
+    """Or why not. ``portable_cost`` is that of the portable kernel."""
+    refusal = _hopper_refusal("forward", problem, operands)
     if refusal is not None:
         return refusal
-    padded = _tiling_sm90.padded(channels)
-    forward = _tiling_sm90.plan_rows_are_queries(
-        _axes(problem, query), _tiling_sm90.FORWARD[padded], _copies(problem, query)
-    )
-    ratio = time_over_portable(forward, padded, portable_cost)
-    if ratio > 1:
-        return (
-            f"by the planner's estimate they take {ratio:.2f} times as long as the "
-            "portable kernels"
+    which, query = _tiling_sm90.FORWARD, operands.query
+    channels = max(query.shape[-1], operands.value.shape[-1])
+    copies = _copies(problem, query)
+    tiling = _tiling_sm90.plan(which, channels, _axes(problem, query), copies)
+    portable = portable_cost * which.portable_cycles[which.padded(channels)]
+    return _slower(which.cycles_of(tiling), portable) or tiling
+
+
+def _hopper_backward(
+    problem: Problem, operands: Operands, *portable_costs: float
+) -> HopperBackward | str:
+    """Likewise; costs of dquery and of dkey with dvalue, per head of queries."""
+    refusal = _hopper_refusal("backward", problem, operands)
+    if refusal is not None:
+        return refusal
+    query, key = operands.query, operands.key
+    channels = max(query.shape[-1], operands.value.shape[-1])
+    group = query.shape[-2] // key.shape[-2]
+    passes = _tiling_sm90.DQUERY, _tiling_sm90.DKEY_DVALUE
+    tilings = HopperBackward(
+        *(
+            _tiling_sm90.plan(
+                which, channels, _axes(problem, rows), _copies(problem, rows), members
+            )
+            for which, rows, members in zip(passes, (query, key), (1, group))
         )
-    return HopperPlan(forward)
+    )
+    own = portable = 0.0
+    for which, tiling, cost, members in zip(passes, tilings, portable_costs, (1, group)):
+        own += which.cycles_of(tiling) / members
+        portable += cost * which.portable_cycles[which.padded(channels)]
+    return _slower(own, portable) or tilings
 
 
-def time_over_portable(
-    tiling: _tiling_sm90.Tiling, padded: int, portable_cost: float
-) -> float:
-    """Of a pass on a Hopper GPU, by its kernels for Hopper and by the portable ones."""
-    portable_cycles = portable_cost * _tiling_sm90.PORTABLE_CYCLES[padded]
-    return _tiling_sm90.CostModel().cycles(tiling) / portable_cycles
+def _slower(cycles: float, portable_cycles: float) -> str | None:
+    """What to say where the planner takes the kernels for Hopper to be the slower ones."""
+    if is_faster(cycles, portable_cycles):
+        return None
+    return (
+        f"by the planner's estimate they take {cycles / portable_cycles:.2f} times as long "
+        "as the portable kernels"
+    )
+
+
+def is_faster(cycles: float, portable_cycles: float) -> bool:
+    """Whether kernels for Hopper make up for what they cannot fill."""
+    return cycles <= portable_cycles
 
 
 def workspace_shape(
@@ -185,9 +227,9 @@ def _axes(problem: Problem, array: Any) -> tuple[_tiling.Axis, ...]:
     )
 
 
-def _copies(problem: Problem, query: Any) -> int | None:
+def _copies(problem: Problem, array: Any) -> int | None:
     """Heads of all samples; None where a batch size is symbolic."""
-    sizes = (*query.shape[: -problem.rank - 2], query.shape[-2])
+    sizes = (*array.shape[: -problem.rank - 2], array.shape[-2])
     return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else None
 
 

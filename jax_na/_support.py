@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 
 from jax_na import _ffi
-from jax_na._tiling_sm90 import LARGEST_DILATION
+from jax_na._tiling_sm90 import DQUERY, FORWARD, LARGEST_DILATION
 
 Implementation: TypeAlias = Literal["fused", "gemm", "naive", "xla"]
 
@@ -19,10 +19,14 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 #: Platforms for which native kernels exist, as JAX names them in lowering rules.
 NATIVE_PLATFORMS = ("cpu", "cuda")
 
+#: The largest head dimension in the kernels for Hopper, by function.
+HOPPER_CHANNELS = {"forward": max(FORWARD.kernels), "backward": max(DQUERY.kernels)}
+
 #: What :func:`hopper_refusal` lets through.
 _HOPPER = (
-    "forward passes of 'fused' in float16 and bfloat16 with dilations up to "
-    f"{LARGEST_DILATION}"
+    "'fused' in float16 and bfloat16, dilations up to "
+    f"{LARGEST_DILATION}, head dimensions up to {HOPPER_CHANNELS['forward']}, for gradients "
+    f"up to {HOPPER_CHANNELS['backward']}"
 )
 
 #: Implementations that use tensor cores on a GPU.
@@ -88,15 +92,21 @@ def _tensor_core_refusal(implementation: str, traits: Traits) -> str | None:
     return None
 
 
-def hopper_refusal(dtype: np.dtype, dilation: tuple[int, ...]) -> str | None:
-    """Why the kernels for Hopper cannot run a call of ``'fused'``; None if they can.
+def hopper_refusal(
+    function: str, dtype: np.dtype, channels: int, dilation: tuple[int, ...]
+) -> str | None:
+    """Why the kernels for Hopper cannot run ``'fused'`` there; None if they can.
 
-    If not, the portable kernels run it on every NVIDIA GPU.
+    If not, the portable kernels do, as on every other NVIDIA GPU. ``function`` is
+    "forward" or "backward", and ``channels`` the more of those of query and value.
     """
     if np.dtype(dtype).itemsize != 2:
         return f"they take float16 and bfloat16, got {np.dtype(dtype).name}"
     if max(dilation) > LARGEST_DILATION:
         return f"they take dilations up to {LARGEST_DILATION}, got {max(dilation)}"
+    most = HOPPER_CHANNELS[function]
+    if channels > most:
+        return f"they take head dimensions up to {most}, got {channels}"
     return None
 
 

@@ -27,6 +27,9 @@ ROWS = 64
 #: Tokens that a box of one copy may span on an axis, and its largest dilation.
 MOST_SPANNED, LARGEST_DILATION = 256, 8
 
+#: Of the device that plans are for.
+MULTIPROCESSORS = 132
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -34,64 +37,133 @@ class Kernel:
 
     Attributes:
         columns: of a score tile.
-        groups: warpgroups of a CTA that visit the same boxes; 1 stands for three
-            warpgroups that each are a pipeline of their own.
-        cycles: of a multiprocessor, for a warpgroup's visit to a box without mask: a third
-            or a half of the time that it takes, as others run at the same time.
+        groups: warpgroups of a pipeline, which visit the same boxes.
+        pipelines: of a CTA, each with tiles of its own.
+        cycles: of a multiprocessor, for a warpgroup's visit to a box without mask. A visit
+            takes ``groups * pipelines`` times as long, as that many are under way.
     """
 
     columns: int
     groups: int
+    pipelines: int
     cycles: int
 
-    @property
-    def pipelines(self) -> int:
-        """Tiles that a CTA works on at the same time."""
-        return 3 if self.groups == 1 else 1
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Cycles of a multiprocessor beside those of visits, as in :class:`Kernel`.
+
+    Attributes:
+        mask: more for a visit with a mask, per column.
+        tile: of a warpgroup's tile, whatever it visits: prologue and epilogue.
+        skip: of a box that was brought and that a warpgroup does not see.
+    """
+
+    mask: float
+    tile: float
+    skip: float
 
 
-#: Kernels of the forward pass by padded head dimension, as in ``cuda/sm90/variants.h``.
-#: Their cycles are fitted to times on an H200; those of 96, 192 and 256 are interpolated.
-FORWARD: dict[int, tuple[Kernel, ...]] = {
-    32: (
-        Kernel(64, 1, 470),
-        Kernel(96, 1, 540),
-        Kernel(112, 1, 670),
-        Kernel(128, 1, 810),
-    ),
-    64: (
-        Kernel(64, 1, 600),
-        Kernel(80, 1, 710),
-        Kernel(96, 1, 840),
-        Kernel(112, 1, 920),
-        Kernel(128, 1, 1220),
-        Kernel(128, 2, 1180),
-    ),
-    96: (Kernel(80, 2, 880), Kernel(128, 2, 1360)),
-    128: (
-        Kernel(64, 3, 810),
-        Kernel(80, 2, 1050),
-        Kernel(128, 2, 1540),
-        Kernel(144, 2, 1870),
-        Kernel(176, 2, 2600),
-    ),
-    192: (Kernel(80, 2, 1450),),
-    256: (Kernel(48, 2, 1150),),
-}
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """A launch and the kernels that were compiled for it.
 
-#: What a unit of :class:`jax_na._tiling.CostModel` takes the portable kernels, in cycles of
-#: a multiprocessor, by padded head dimension. As above.
-PORTABLE_CYCLES = {32: 650, 64: 800, 96: 1150, 128: 1500, 192: 2200, 256: 3000}
+    Attributes:
+        interval: of columns that a row sees.
+        costs: fitted to times on an H200.
+        kernels: by padded head dimension, as in ``cuda/sm90/variants.h``. Their cycles are
+            fitted too, but for those of 96, 192 and 256, which are interpolated.
+        portable_cycles: of a multiprocessor of an H100, for a unit of
+            :class:`jax_na._tiling.CostModel` in the portable kernels.
+    """
+
+    interval: Interval
+    costs: Costs
+    kernels: dict[int, tuple[Kernel, ...]]
+    portable_cycles: dict[int, int]
+
+    def padded(self, channels: int) -> int:
+        """The head dimension of the kernels for heads of so many channels."""
+        return min(dim for dim in self.kernels if channels <= dim)
+
+    def cycles(
+        self, kernel: Kernel, tiles: Any, loads: Any, visits: Any, masked_visits: Any
+    ) -> Any:
+        """Of all multiprocessors together, from counts or arrays of counts."""
+        return (
+            visits * kernel.cycles
+            + masked_visits * (self.costs.mask * kernel.columns)
+            + tiles * (kernel.groups * self.costs.tile)
+            + (loads * kernel.groups - visits) * self.costs.skip
+        )
+
+    def cycles_of(self, tiling: Tiling) -> float:
+        """:meth:`cycles` per head and sample."""
+        counts = (tiling.tiles, tiling.loads, tiling.visits, tiling.masked_visits)
+        return self.cycles(tiling.kernel, *counts)
 
 
-def padded(channels: int) -> int:
-    """The head dimension of the kernel that runs so many channels."""
-    return next(dim for dim in FORWARD if channels <= dim)
+FORWARD = Pass(
+    _window.key_interval,
+    Costs(mask=2.6, tile=1460, skip=650),
+    {
+        32: (
+            Kernel(64, 1, 4, 470),
+            Kernel(96, 1, 3, 540),
+            Kernel(112, 1, 3, 670),
+            Kernel(128, 1, 3, 810),
+        ),
+        64: (
+            Kernel(64, 1, 4, 600),
+            Kernel(80, 1, 3, 710),
+            Kernel(96, 1, 3, 840),
+            Kernel(112, 1, 3, 920),
+            Kernel(128, 1, 3, 1220),
+            Kernel(128, 2, 1, 1180),
+        ),
+        96: (Kernel(80, 2, 1, 880), Kernel(128, 2, 1, 1360)),
+        128: (
+            Kernel(64, 3, 1, 810),
+            Kernel(80, 2, 1, 1050),
+            Kernel(128, 2, 1, 1540),
+            Kernel(144, 2, 1, 1870),
+        ),
+        192: (Kernel(80, 2, 1, 1450),),
+        256: (Kernel(48, 2, 1, 1150),),
+    },
+    {32: 650, 64: 800, 96: 1150, 128: 1500, 192: 2200, 256: 3000},
+)
+
+#: Of the query's gradient.
+DQUERY = Pass(
+    _window.key_interval,
+    Costs(mask=3.1, tile=1940, skip=360),
+    {
+        32: (Kernel(64, 1, 3, 340), Kernel(80, 1, 3, 340), Kernel(96, 1, 3, 580)),
+        64: (Kernel(64, 1, 3, 740), Kernel(80, 1, 2, 850), Kernel(96, 1, 2, 930)),
+        96: (Kernel(64, 2, 1, 1020),),
+        128: (Kernel(64, 2, 1, 1300), Kernel(80, 2, 1, 1740)),
+    },
+    {32: 820, 64: 1020, 96: 1540, 128: 2060},
+)
+
+#: Of the gradients of key and value: rows are keys, and columns queries.
+DKEY_DVALUE = Pass(
+    _window.query_interval,
+    Costs(mask=6.9, tile=500, skip=210),
+    {
+        32: (Kernel(64, 1, 3, 670), Kernel(96, 1, 2, 1130)),
+        64: (Kernel(48, 1, 3, 770), Kernel(64, 1, 2, 1130), Kernel(80, 1, 2, 1380)),
+        96: (Kernel(64, 2, 1, 1350),),
+        128: (Kernel(48, 2, 1, 1330), Kernel(64, 2, 1, 1620)),
+    },
+    {32: 1200, 64: 1500, 96: 2250, 128: 3010},
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Boxes of one kernel launch and the work they make, per head and sample.
+    """Boxes of one kernel launch and the work they make, per head of rows and sample.
 
     Attributes:
         kernel: which one.
@@ -123,44 +195,6 @@ class Tiling:
             f", {self.kernel.groups} side by side" if self.kernel.groups > 1 else ""
         )
         return f"{rows} rows by {columns} columns, in tiles of {kernel}{shared}"
-
-
-@dataclasses.dataclass(frozen=True)
-class CostModel:
-    """Cycles of a launch. Fitted to times on an H200.
-
-    Attributes:
-        mask: extra cycles of a masked visit, per column.
-        tile: of a warpgroup's tile, whatever it visits: prologue and epilogue.
-        skip: of a box that was brought and that a warpgroup does not see.
-        multiprocessors: of the device.
-    """
-
-    mask: float = 2.6
-    tile: float = 1460
-    skip: float = 650
-    multiprocessors: int = 132
-
-    def work(
-        self, kernel: Kernel, tiles: Any, loads: Any, visits: Any, masked_visits: Any
-    ) -> Any:
-        """Cycles of all multiprocessors together, from counts or arrays of counts."""
-        return (
-            visits * kernel.cycles
-            + masked_visits * (self.mask * kernel.columns)
-            + tiles * (kernel.groups * self.tile)
-            + (loads * kernel.groups - visits) * self.skip
-        )
-
-    def cycles(self, tiling: Tiling) -> float:
-        """:meth:`work` of a tiling, per head and sample."""
-        counts = (tiling.tiles, tiling.loads, tiling.visits, tiling.masked_visits)
-        return self.work(tiling.kernel, *counts)
-
-    def imbalance(self, kernel: Kernel, tiles: Any) -> Any:
-        """Tiles of the CTA that takes most over the average CTA's."""
-        rounds = tiles / (self.multiprocessors * kernel.pipelines)
-        return np.ceil(rounds) / rounds
 
 
 # ---- One axis ------------------------------------------------------------------------
@@ -267,32 +301,51 @@ def count(
 
 @functools.lru_cache(maxsize=256)
 def _boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
-    return np.array(_tiling.divisions(limit, longest))
+    """Those of :func:`jax_na._tiling.divisions`, longer last axes first."""
+    boxes = _tiling.divisions(limit, longest)
+    return np.array(sorted(boxes, key=lambda box: box[::-1], reverse=True))
+
+
+def imbalance(kernel: Kernel, tiles: Any) -> Any:
+    """Tiles of the CTA that takes most over the average CTA's."""
+    rounds = tiles / (MULTIPROCESSORS * kernel.pipelines)
+    return np.ceil(rounds) / rounds
 
 
 @functools.lru_cache(maxsize=1024)
-def _search(
+def plan(
+    which: Pass,
+    channels: int,
     axes: tuple[Axis, ...],
-    interval: Interval,
-    kernels: tuple[Kernel, ...],
     copies: int | None,
-    model: CostModel,
+    members: int = 1,
 ) -> Tiling:
+    """The cheapest boxes of a pass.
+
+    Args:
+        which: the pass.
+        channels: of a head, at most what kernels are there for.
+        axes: the grid.
+        copies: heads of rows of all samples, None where they are not known.
+        members: heads of columns for every head of rows.
+    """
     longest = tuple(
         min(-(-axis.length // axis.dilation), (MOST_SPANNED - 1) // axis.dilation + 1)
         for axis in axes
     )
     row_boxes = _boxes(ROWS, longest)
     best, least = None, math.inf
-    for kernel in kernels:
+    for kernel in which.kernels[which.padded(channels)]:
         column_boxes = _boxes(kernel.columns, longest)
-        counts = _counts(axes, interval, kernel, row_boxes, column_boxes)
-        costs = model.work(kernel, *counts)
-        if copies is not None:
-            costs = costs * model.imbalance(kernel, copies * counts[0])
-        row, column = np.unravel_index(np.argmin(costs), costs.shape)
-        if costs[row, column] < least:
-            least = costs[row, column]
+        counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
+        counts[1:] *= members
+        cycles = which.cycles(kernel, *counts)
+        if copies:
+            cycles = cycles * imbalance(kernel, copies * counts[0])
+        # Of equals the longest last axis of column boxes.
+        column, row = np.unravel_index(np.argmin(cycles.T), cycles.T.shape)
+        if cycles[row, column] < least:
+            least = cycles[row, column]
             best = Tiling(
                 kernel,
                 tuple(map(int, row_boxes[row])),
@@ -301,16 +354,3 @@ def _search(
             )
     assert best is not None
     return best
-
-
-def plan_rows_are_queries(
-    axes: tuple[Axis, ...],
-    kernels: tuple[Kernel, ...],
-    copies: int | None,
-    model: CostModel = CostModel(),
-) -> Tiling:
-    """The cheapest boxes of the forward pass and of the query's gradient.
-
-    ``copies`` are the heads of all samples, None where they are not known.
-    """
-    return _search(axes, _window.key_interval, kernels, copies, model)
