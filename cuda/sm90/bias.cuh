@@ -11,38 +11,46 @@ namespace jax_na::cuda::sm90 {
 
 using fused::bias_index;
 
-// The part of every column of a box.
-template <int kColumns>
+// The part of every column of a box, in bytes; kSign is that of the rows' side (fused::Sides).
+template <int kSign, int kColumns>
 struct BiasColumns {
-  int32_t index[kColumns];
+  int32_t offset[kColumns];
 
   __device__ __forceinline__ void fill(const Problem& p, const BoxOrder& box, int threads) {
     for (int column = threadIdx.x; column < kColumns; column += threads) {
       int32_t at[kMaxRank];
       box.point(column, at);
-      index[column] = bias_index(p, at);
+      offset[column] = kSign * bias_index(p, at) * int{sizeof(float)};
     }
   }
 };
 
-// Adds the bias to scaled scores; what a row does not see becomes -inf. kSign is that of the
-// rows' side (fused::Sides).
+// Scales scores and adds the bias; what a row does not see becomes -inf. `table` is that of the
+// head, in shared memory; `box_at` is where the box begins, in relative class indices.
 template <int kSign, int kColumns>
-__device__ __forceinline__ void add_bias(float (&scores)[kColumns / 2],
+__device__ __forceinline__ void add_bias(float (&scores)[kColumns / 2], float scale,
                                          const LaneMask<kColumns>& mask, const float* table,
-                                         const BiasColumns<kColumns>& columns, const Problem& p,
-                                         const RowView& view, const int32_t (&box_at)[kMaxRank]) {
+                                         const BiasColumns<kSign, kColumns>& columns,
+                                         const Problem& p, const RowView& view,
+                                         const int32_t (&box_at)[kMaxRank]) {
   const int lane = threadIdx.x % kWarpLanes;
   const int32_t box = bias_index(p, box_at);
-  const int32_t row[2] = {box - bias_index(p, view.point[0]), box - bias_index(p, view.point[1])};
+  uint32_t row[2];  // address of the entry of a row and column 0
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    row[h] = ptx::shared_address(table) +
+             kSign * (box - bias_index(p, view.point[h])) * int{sizeof(float)};
+  }
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
-    const int2 column = *reinterpret_cast<const int2*>(&columns.index[8 * n + lane % 4 * 2]);
+    const int2 column = *reinterpret_cast<const int2*>(&columns.offset[8 * n + lane % 4 * 2]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
+      const uint32_t address = row[e / 2] + (e % 2 == 0 ? column.x : column.y);
       float& score = scores[4 * n + e];
-      const int32_t distance = row[e / 2] + (e % 2 == 0 ? column.x : column.y);
-      score = mask.test(n, e / 2, e % 2) ? score + table[kSign * distance] : -kInfinity;
+      score = mask.test(n, e / 2, e % 2)
+                  ? score * scale + __uint_as_float(ptx::load_shared_32(address))
+                  : -kInfinity;
     }
   }
 }

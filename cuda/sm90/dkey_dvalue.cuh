@@ -7,9 +7,6 @@
 //   S0, dP0 | P0 | dV += P0 dO0 | dS0 | dK += dS0 Q0, S1, dP1 | P1 | ...
 #pragma once
 
-#include <iterator>
-#include <utility>
-
 #include "bias.cuh"
 #include "pipeline.cuh"
 #include "softmax.cuh"
@@ -22,10 +19,10 @@ struct DKeyShared {
   typename S::Pipeline pipeline[S::kPipelines];
   ColumnStatistics<S::kColumns> statistics[S::kPipelines][S::kSlots];
   alignas(16) ColumnSets<S::kColumns> sets;
-  alignas(8) BiasColumns<S::kColumns> bias;
+  alignas(8) BiasColumns<Sides<Side::kKeys>::kSign, S::kColumns> bias;
 };
 
-template <class S, bool kHasBias>
+template <class S>
 __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>& shared,
                                         int index) {
   using T = typename S::T;
@@ -36,7 +33,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
   const float scale = static_cast<float>(p.scale);
-  const float log2_scale = kHasBias ? kLog2E : scale * kLog2E;
+  const float log2_scale = S::kHasBias ? kLog2E : scale * kLog2E;
   const int lane = threadIdx.x % kWarpLanes;
 
   const int pipeline = index / S::kGroups;
@@ -63,7 +60,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
     clear(dkey);
     clear(dvalue);
 
-    const auto visit = [&](int32_t head, const BoxWalk& walk, uint32_t at) {
+    const auto visit = [&](int32_t member, const BoxWalk& walk, uint32_t at) {
       float weights[kColumns / 2], dscores[kColumns / 2];
       uint32_t operand[kColumns / 4], doperand[kColumns / 4];  // P and dS
       const uint32_t queries = ptx::shared_address(own.block(at));
@@ -87,20 +84,16 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
       products_commit();
 
       // ---- Weights ----
-      const bool masked = kHasBias || box.size < kColumns || !view.all_see(walk, cut);
+      const bool masked = S::kHasBias || box.size < kColumns || !view.all_see(walk, cut);
       LaneMask<kColumns> mask;
       if (masked) mask = view.mask(shared.sets, walk, cut);
       products_wait<1>();
       pin(weights);
-      if constexpr (kHasBias) {
-#pragma unroll
-        for (float& score : weights) score *= scale;
-        const float* bias = static_cast<const float*>(plan.call.in.bias) +
-                            table.batch * p.bias_batch_stride + head * p.bias_size();
+      if constexpr (S::kHasBias) {
         const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
                                           table.lo[2] + walk.at[2]};
-        add_bias<Sides<Side::kKeys>::kSign, kColumns>(weights, mask, bias, shared.bias, p, view,
-                                                      box_at);
+        add_bias(weights, scale, mask, own.pipeline.bias[stage] + member * p.bias_size(),
+                 shared.bias, p, view, box_at);
       }
       const auto& statistics = shared.statistics[pipeline][own.pipeline.ring.slot(at)];
       const auto* lse = reinterpret_cast<const float2*>(statistics.lse) + lane % 4;
@@ -150,7 +143,6 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
     };
 
     for (int32_t member = 0; member < plan.streams.members; ++member) {
-      const int32_t head = table.head * plan.streams.members + member;
       BoxWalk walk = walk_of(table, cut, group);
 #pragma unroll 1
       for (int32_t i = 0; i < boxes; ++i) {
@@ -159,7 +151,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
           own.pass_by(at);
           continue;
         }
-        visit(head, walk, at);
+        visit(member, walk, at);
         walk.advance(table.length, box);
       }
       own.base += 2 * boxes;
@@ -179,7 +171,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
   }
 }
 
-template <class S, bool kHasBias>
+template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     dkey_dvalue_kernel(const __grid_constant__ BackwardPlan plan) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -188,27 +180,31 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const Problem& p = plan.call.problem;
   init<S>(shared.pipeline, streams.cut);
   shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
-  if constexpr (kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
+  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
       [&](int pipeline, int32_t tile) {
-        produce<S, Side::kKeys>(streams, p, shared.pipeline[pipeline], tile,
+        produce<S, Side::kKeys>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], tile,
                                 StatisticsReader<S::kColumns>(plan.call, streams.cut.columns,
                                                               shared.statistics[pipeline]));
       },
-      [&](int consumer) { consume<S, kHasBias>(plan, shared, consumer); });
+      [&](int consumer) { consume<S>(plan, shared, consumer); });
+}
+
+template <class S>
+cudaError_t launch_shape(const BackwardPlan& plan, cudaStream_t stream) {
+  static_assert(sizeof(DKeyShared<S>) <= kSharedMemory);
+  return launch<S>(&dkey_dvalue_kernel<S>, sizeof(DKeyShared<S>), plan, stream);
 }
 
 template <typename T, int kDim>
 cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, const HopperTiling& tiling,
                                cudaStream_t stream) {
-  return with_variant<DKey<kDim>>(tiling.columns, tiling.groups, [&](auto index) {
-    constexpr Variant kVariant = DKey<kDim>::kList[decltype(index)::value];
-    using S = Shape<T, kDim, 2, kVariant.columns, kVariant.groups, kVariant.pipelines>;
-    static_assert(sizeof(DKeyShared<S>) <= kSharedMemory);
-    return launch<S>(plan.call.in.bias == nullptr ? &dkey_dvalue_kernel<S, false>
-                                                  : &dkey_dvalue_kernel<S, true>,
-                     sizeof(DKeyShared<S>), plan, stream);
+  return with_variant<DKey<kDim>>(tiling, [&](auto variant) {
+    using V = decltype(variant);
+    return plan.call.in.bias == nullptr
+               ? launch_shape<Shape<T, kDim, 2, V, false>>(plan, stream)
+               : launch_shape<Shape<T, kDim, 2, V, true>>(plan, stream);
   });
 }
 

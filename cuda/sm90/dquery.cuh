@@ -8,9 +8,6 @@
 // The elementwise part of a box runs while the tensor cores multiply dS of the one before.
 #pragma once
 
-#include <iterator>
-#include <utility>
-
 #include "bias.cuh"
 #include "pipeline.cuh"
 #include "softmax.cuh"
@@ -21,10 +18,10 @@ template <class S>
 struct DQueryShared {
   typename S::Pipeline pipeline[S::kPipelines];
   alignas(16) ColumnSets<S::kColumns> sets;
-  alignas(8) BiasColumns<S::kColumns> bias;
+  alignas(8) BiasColumns<Sides<Side::kQueries>::kSign, S::kColumns> bias;
 };
 
-template <class S, bool kHasBias>
+template <class S>
 __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S>& shared,
                                         int index) {
   using T = typename S::T;
@@ -35,7 +32,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
   const float scale = static_cast<float>(p.scale);
-  const float log2_scale = kHasBias ? kLog2E : scale * kLog2E;
+  const float log2_scale = S::kHasBias ? kLog2E : scale * kLog2E;
 
   Consumer<S> own(shared.pipeline[index / S::kGroups], index);
   const int group = own.group;
@@ -122,22 +119,19 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
         const int32_t left = min(p.additional - (i - grid_boxes) * box.size, box.size);
         masked = left < kColumns;
         if (masked) mask = LaneMask<kColumns>::leading(left);
-        if constexpr (kHasBias) {
+        if constexpr (S::kHasBias) {
 #pragma unroll
-          for (float& score : weights) score *= scale;
+          for (int e = 0; e < kColumns / 2; ++e) weights[e] *= scale;
         }
       } else {
-        masked = kHasBias || box.size < kColumns || !view.all_see(walk, cut);
+        masked = S::kHasBias || box.size < kColumns || !view.all_see(walk, cut);
         if (masked) mask = view.mask(shared.sets, walk, cut);
-        if constexpr (kHasBias) {
-#pragma unroll
-          for (float& score : weights) score *= scale;
-          const float* bias = static_cast<const float*>(plan.call.in.bias) +
-                              table.batch * p.bias_batch_stride + table.head * p.bias_size();
+        if constexpr (S::kHasBias) {
           const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
                                             table.lo[2] + walk.at[2]};
-          add_bias<Sides<Side::kQueries>::kSign, kColumns>(weights, mask, bias, shared.bias, p,
-                                                           view, box_at);
+          add_bias(weights, scale, mask,
+                   own.pipeline.bias[stage], shared.bias, p, view,
+                   box_at);
         }
         walk.advance(table.length, box);
       }
@@ -197,7 +191,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
   }
 }
 
-template <class S, bool kHasBias>
+template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     dquery_kernel(const __grid_constant__ BackwardPlan plan) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -206,25 +200,29 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const Problem& p = plan.call.problem;
   init<S>(shared.pipeline, streams.cut);
   shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
-  if constexpr (kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
+  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
       [&](int pipeline, int32_t tile) {
-        produce<S, Side::kQueries>(streams, p, shared.pipeline[pipeline], tile, NoStatistics());
+        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], tile, NoStatistics());
       },
-      [&](int consumer) { consume<S, kHasBias>(plan, shared, consumer); });
+      [&](int consumer) { consume<S>(plan, shared, consumer); });
+}
+
+template <class S>
+cudaError_t launch_shape(const BackwardPlan& plan, cudaStream_t stream) {
+  static_assert(sizeof(DQueryShared<S>) <= kSharedMemory);
+  return launch<S>(&dquery_kernel<S>, sizeof(DQueryShared<S>), plan, stream);
 }
 
 template <typename T, int kDim>
 cudaError_t launch_dquery(const BackwardPlan& plan, const HopperTiling& tiling,
                           cudaStream_t stream) {
-  return with_variant<DQuery<kDim>>(tiling.columns, tiling.groups, [&](auto index) {
-    constexpr Variant kVariant = DQuery<kDim>::kList[decltype(index)::value];
-    using S = Shape<T, kDim, 2, kVariant.columns, kVariant.groups, kVariant.pipelines>;
-    static_assert(sizeof(DQueryShared<S>) <= kSharedMemory);
-    return launch<S>(plan.call.in.bias == nullptr ? &dquery_kernel<S, false>
-                                                  : &dquery_kernel<S, true>,
-                     sizeof(DQueryShared<S>), plan, stream);
+  return with_variant<DQuery<kDim>>(tiling, [&](auto variant) {
+    using V = decltype(variant);
+    return plan.call.in.bias == nullptr
+               ? launch_shape<Shape<T, kDim, 2, V, false>>(plan, stream)
+               : launch_shape<Shape<T, kDim, 2, V, true>>(plan, stream);
   });
 }
 

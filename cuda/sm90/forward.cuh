@@ -7,9 +7,6 @@
 // the same tile or of the last one, whose output is stored then.
 #pragma once
 
-#include <iterator>
-#include <utility>
-
 #include "bias.cuh"
 #include "pipeline.cuh"
 #include "softmax.cuh"
@@ -20,7 +17,7 @@ template <class S>
 struct ForwardShared {
   typename S::Pipeline pipeline[S::kPipelines];
   alignas(16) ColumnSets<S::kColumns> sets;
-  alignas(8) BiasColumns<S::kColumns> bias;
+  alignas(8) BiasColumns<Sides<Side::kQueries>::kSign, S::kColumns> bias;
 };
 
 // Warpgroups take turns in giving work to the tensor cores, so that one does its softmax while
@@ -57,7 +54,7 @@ struct Turns {
 
 // ---- Consumer ----------------------------------------------------------------------------
 
-template <class S, bool kHasBias>
+template <class S>
 __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S>& shared,
                                         int index) {
   using T = typename S::T;
@@ -68,7 +65,7 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
   const float scale = static_cast<float>(p.scale);
-  const bool prescaled = kHasBias || !(scale > 0);
+  const bool prescaled = S::kHasBias || !(scale > 0);
   const float log2_scale = prescaled ? kLog2E : scale * kLog2E;
 
   Consumer<S> own(shared.pipeline[index / S::kGroups], index);
@@ -158,21 +155,20 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
       own.release(keys);
 
       // ---- Softmax ----
-      if (prescaled) {
+      if (prescaled && !(S::kHasBias && i < grid_boxes)) {
 #pragma unroll
-        for (float& score : scores) score *= scale;
+        for (int e = 0; e < kColumns / 2; ++e) scores[e] *= scale;
       }
       if (i >= grid_boxes) {
         const int32_t left = min(p.additional - (i - grid_boxes) * box.size, box.size);
         if (left < kColumns) hide<kColumns>(scores, LaneMask<kColumns>::leading(left));
       } else {
-        if constexpr (kHasBias) {
-          const float* bias = static_cast<const float*>(plan.call.in.bias) +
-                              table.batch * p.bias_batch_stride + table.head * p.bias_size();
+        if constexpr (S::kHasBias) {
           const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
                                             table.lo[2] + walk.at[2]};
-          add_bias<Sides<Side::kQueries>::kSign, kColumns>(
-              scores, view.mask(shared.sets, walk, cut), bias, shared.bias, p, view, box_at);
+          add_bias(scores, scale, view.mask(shared.sets, walk, cut),
+                   own.pipeline.bias[stage], shared.bias, p, view,
+                   box_at);
         } else if (box.size < kColumns || !view.all_see(walk, cut)) {
           hide<kColumns>(scores, view.mask(shared.sets, walk, cut));
         }
@@ -246,7 +242,7 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
 
 // ---- Kernel ------------------------------------------------------------------------------
 
-template <class S, bool kHasBias>
+template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardPlan plan) {
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -255,25 +251,29 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   const Problem& p = plan.call.problem;
   init<S>(shared.pipeline, streams.cut);
   shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
-  if constexpr (kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
+  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
       [&](int pipeline, int32_t tile) {
-        produce<S, Side::kQueries>(streams, p, shared.pipeline[pipeline], tile, NoStatistics());
+        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], tile, NoStatistics());
       },
-      [&](int consumer) { consume<S, kHasBias>(plan, shared, consumer); });
+      [&](int consumer) { consume<S>(plan, shared, consumer); });
+}
+
+template <class S>
+cudaError_t launch_shape(const ForwardPlan& plan, cudaStream_t stream) {
+  static_assert(sizeof(ForwardShared<S>) <= kSharedMemory);
+  return launch<S>(&forward_kernel<S>, sizeof(ForwardShared<S>), plan, stream);
 }
 
 template <typename T, int kDim>
 cudaError_t launch_forward(const ForwardPlan& plan, const HopperTiling& tiling,
                            cudaStream_t stream) {
-  return with_variant<Forward<kDim>>(tiling.columns, tiling.groups, [&](auto index) {
-    constexpr Variant kVariant = Forward<kDim>::kList[decltype(index)::value];
-    using S = Shape<T, kDim, 1, kVariant.columns, kVariant.groups, kVariant.pipelines>;
-    static_assert(sizeof(ForwardShared<S>) <= kSharedMemory);
-    return launch<S>(plan.call.in.bias == nullptr ? &forward_kernel<S, false>
-                                                  : &forward_kernel<S, true>,
-                     sizeof(ForwardShared<S>), plan, stream);
+  return with_variant<Forward<kDim>>(tiling, [&](auto variant) {
+    using V = decltype(variant);
+    return plan.call.in.bias == nullptr
+               ? launch_shape<Shape<T, kDim, 1, V, false>>(plan, stream)
+               : launch_shape<Shape<T, kDim, 1, V, true>>(plan, stream);
   });
 }
 

@@ -8,6 +8,9 @@
 // slots of the ring.
 #pragma once
 
+#include <iterator>
+#include <utility>
+
 #include "blocks.cuh"
 #include "launch.cuh"
 #include "plans.cuh"
@@ -21,14 +24,15 @@ namespace jax_na::cuda::sm90 {
 constexpr int kSharedMemory = 227 * 1024;
 
 // kRowArrays: queries alone, or queries and output gradients, or keys and values.
-template <typename T_, int kDim_, int kRowArrays_, int kColumns_, int kGroups_, int kPipelines_>
+template <typename T_, int kDim_, int kRowArrays_, class Variant, bool kHasBias_>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
   static constexpr int kRowArrays = kRowArrays_;
-  static constexpr int kColumns = kColumns_;
-  static constexpr int kGroups = kGroups_;  // consumer warpgroups of a pipeline
-  static constexpr int kPipelines = kPipelines_;
+  static constexpr int kColumns = Variant::kColumns;
+  static constexpr int kGroups = Variant::kGroups;  // consumer warpgroups of a pipeline
+  static constexpr int kPipelines = Variant::kPipelines;
+  static constexpr bool kHasBias = kHasBias_;
   static constexpr int kConsumers = kGroups * kPipelines;
   static_assert(kConsumers >= 2 && kConsumers <= 4);
 
@@ -36,15 +40,21 @@ struct Shape {
   using Columns = Block<kDim, kColumns>;
 
   static constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 120;
+  // Together at most what the CTA has at launch, 65536 / kThreads rounded down to 8 for each.
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
+                (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kTiles = 2;  // of which rows and tables are there at once
   static constexpr int kFixed = kTiles * kGroups * kRowArrays * Rows::kAllBytes;
-  static constexpr int kTables = 3 * 1024 * kGroups + 1024 + 6 * 1024 / kPipelines;  // at most
+  static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
+  // All else, at most.
+  static constexpr int kTables = kTiles * kBias * 4 + 3 * 1024 * kGroups + 1024 +
+                                 6 * 1024 / kPipelines;
   static constexpr int kFit =
       (kSharedMemory / kPipelines - kTables - kFixed) / Columns::kAllBytes;
-  static constexpr int kSlots = kFit < 16 ? kFit : 16;
+  static constexpr int kSlots = kFit < 8 ? kFit : 8;
   static_assert(kSlots >= 3, "the walk would stall");
 
   struct Pipeline {
@@ -54,6 +64,7 @@ struct Shape {
     Ring<kSlots> ring;
     uint64_t tile_full[kTiles], tile_empty[kTiles];  // rows and table
     TileTable<kGroups> table[kTiles];
+    float bias[kTiles][kBias];  // of the heads of a tile
   };
 };
 
@@ -67,8 +78,8 @@ struct NoStatistics {
 
 template <class S, Side kRowsAre, class Statistics>
 __device__ __forceinline__ void produce(const Streams& streams, const Problem& p,
-                                        typename S::Pipeline& pipeline, int32_t tile,
-                                        Statistics statistics) {
+                                        const void* bias, typename S::Pipeline& pipeline,
+                                        int32_t tile, Statistics statistics) {
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
   const Cut& cut = streams.cut;
@@ -85,6 +96,15 @@ __device__ __forceinline__ void produce(const Streams& streams, const Problem& p
     if (!place.exists(Sides<kRowsAre>::row_grid(p))) continue;
     const uint32_t stage = wait_for_stage();
     const Visits visits = fill_table<kRowsAre>(&pipeline.table[stage], p, cut, place);
+    if constexpr (S::kHasBias) {
+      const int32_t heads = kRowsAre == Side::kKeys ? streams.members : 1;
+      const int32_t size = static_cast<int32_t>(p.bias_size());
+      const float* from = static_cast<const float*>(bias) + place.batch * p.bias_batch_stride +
+                          place.head * heads * size;
+      for (int i = threadIdx.x % kWarpLanes; i < heads * size; i += kWarpLanes) {
+        pipeline.bias[stage][i] = from[i];
+      }
+    }
     __syncwarp();
     const int32_t batch = static_cast<int32_t>(place.batch);
     if (elected) {
@@ -259,23 +279,30 @@ cudaError_t launch(void (*kernel)(const Plan), int64_t shared_bytes, const Plan&
   return launch_persistent(kernel, ctas, S::kThreads, shared_bytes, plan, stream);
 }
 
-// Calls launch(variant) with the variant that was compiled for these columns and groups, as a
-// constant; cudaErrorInvalidValue where there is none.
+// A variant as a type.
+template <class Variants, size_t kIndex>
+struct VariantOf {
+  static constexpr int kColumns = Variants::kList[kIndex].columns;
+  static constexpr int kGroups = Variants::kList[kIndex].groups;
+  static constexpr int kPipelines = Variants::kList[kIndex].pipelines;
+};
+
+// Calls launch(VariantOf) with the one of these columns and groups; cudaErrorInvalidValue where
+// there is none.
 template <class Variants, size_t... kIndex, class Launch>
-cudaError_t with_variant(int columns, int groups, const Launch& launch,
+cudaError_t with_variant(const HopperTiling& tiling, const Launch& launch,
                          std::index_sequence<kIndex...>) {
   cudaError_t status = cudaErrorInvalidValue;
-  const auto attempt = [&](auto index) {
-    constexpr size_t kOwn = decltype(index)::value;
-    constexpr Variant kVariant = Variants::kList[kOwn];
-    if (kVariant.columns == columns && kVariant.groups == groups) status = launch(index);
+  const auto attempt = [&](auto variant) {
+    using V = decltype(variant);
+    if (V::kColumns == tiling.columns && V::kGroups == tiling.groups) status = launch(variant);
   };
-  (attempt(std::integral_constant<size_t, kIndex>{}), ...);
+  (attempt(VariantOf<Variants, kIndex>{}), ...);
   return status;
 }
 template <class Variants, class Launch>
-cudaError_t with_variant(int columns, int groups, const Launch& launch) {
-  return with_variant<Variants>(columns, groups, launch,
+cudaError_t with_variant(const HopperTiling& tiling, const Launch& launch) {
+  return with_variant<Variants>(tiling, launch,
                                 std::make_index_sequence<std::size(Variants::kList)>{});
 }
 

@@ -20,7 +20,7 @@ struct Grid {
 };
 
 cudaError_t make_streams(const Problem& p, const HopperTiling& tiling, const Grid& rows,
-                         const Grid& columns, Streams* streams) {
+                         const Grid& columns, bool has_bias, Streams* streams) {
   if (!is_box(tiling.row_box, kGroupRows) || !is_box(tiling.column_box, tiling.columns) ||
       tiling.groups < 1) {
     return cudaErrorInvalidValue;
@@ -41,6 +41,7 @@ cudaError_t make_streams(const Problem& p, const HopperTiling& tiling, const Gri
   streams->group = Divisor(rows.heads / p.key_heads);
   streams->key_heads = Divisor(p.key_heads);
   streams->members = columns.heads / p.key_heads;
+  if (has_bias && streams->members * p.bias_size() > kLargestBias) return cudaErrorInvalidValue;
   streams->dim[0] = p.head_dim;
   streams->dim[1] = p.value_dim;
 
@@ -60,15 +61,14 @@ cudaError_t make_streams(const Problem& p, const HopperTiling& tiling, const Gri
 bool supported(const Problem& p) {
   return (p.element_type == ElementType::kBF16 || p.element_type == ElementType::kF16) &&
          p.head_dim > 0 && p.value_dim > 0 && p.head_dim % 8 == 0 && p.value_dim % 8 == 0 &&
-         padded_dim(p) > 0 && p.query_tokens() < INT32_MAX && p.key_tokens() < INT32_MAX &&
-         p.bias_size() < INT32_MAX;
+         padded_dim(p) > 0 && p.query_tokens() < INT32_MAX && p.key_tokens() < INT32_MAX;
 }
 
 cudaError_t make_query_streams(const Problem& p, const HopperTiling& tiling,
                                const TokenPair& queries, const Inputs& in, Streams* streams) {
   const Grid rows{p.query_grid, p.heads, {queries.first, queries.second}};
   const Grid columns{p.key_grid, p.key_heads, {in.key, in.value}};
-  const cudaError_t status = make_streams(p, tiling, rows, columns, streams);
+  const cudaError_t status = make_streams(p, tiling, rows, columns, in.bias != nullptr, streams);
   if (status != cudaSuccess || p.additional == 0) return status;
   const int32_t list[kMaxRank] = {1, 1, p.additional};
   const void* const arrays[2] = {in.additional_key, in.additional_value};
@@ -81,7 +81,7 @@ cudaError_t make_key_streams(const Problem& p, const HopperTiling& tiling, const
                              const TokenPair& queries, Streams* streams) {
   const Grid rows{p.key_grid, p.key_heads, {in.key, in.value}};
   const Grid columns{p.query_grid, p.heads, {queries.first, queries.second}};
-  return make_streams(p, tiling, rows, columns, streams);
+  return make_streams(p, tiling, rows, columns, in.bias != nullptr, streams);
 }
 
 }  // namespace jax_na::cuda::sm90

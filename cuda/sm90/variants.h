@@ -10,16 +10,20 @@ struct Variant {
   int columns, groups, pipelines;
 };
 
+// Entries of the tables of relative positional bias that a CTA holds at once: one table for
+// queries, one per head of the group for keys.
+constexpr int kLargestBias = 768;
+
 template <int kDim>
 struct Forward;
 template <>
 struct Forward<32> {
-  static constexpr Variant kList[] = {{64, 1, 4}, {96, 1, 3}, {112, 1, 3}, {128, 1, 3}};
+  static constexpr Variant kList[] = {{64, 1, 4}, {96, 1, 3}, {112, 1, 3}};
 };
 template <>
 struct Forward<64> {
   static constexpr Variant kList[] = {
-      {64, 1, 4}, {80, 1, 3}, {96, 1, 3}, {112, 1, 3}, {128, 1, 3}, {128, 2, 1}};
+      {64, 1, 3}, {80, 1, 3}, {96, 1, 3}, {112, 1, 3}, {128, 2, 1}};
 };
 template <>
 struct Forward<96> {
@@ -31,7 +35,7 @@ struct Forward<128> {
 };
 template <>
 struct Forward<192> {
-  static constexpr Variant kList[] = {{80, 2, 1}};
+  static constexpr Variant kList[] = {{64, 2, 1}};
 };
 template <>
 struct Forward<256> {
@@ -42,7 +46,7 @@ template <int kDim>
 struct DQuery;
 template <>
 struct DQuery<32> {
-  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 3}, {96, 1, 3}};
+  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 3}, {96, 1, 2}};
 };
 template <>
 struct DQuery<64> {

@@ -88,7 +88,7 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
 template <typename Register, int kCount>
 __device__ __forceinline__ void clear(Register (&registers)[kCount]) {
 #pragma unroll
-  for (Register& r : registers) r = 0;
+  for (int i = 0; i < kCount; ++i) registers[i] = 0;
 }
 
 // ---- wgmma.mma_async.m64nNk16.f32 --------------------------------------------------------
