@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jax_na import _ops, _primitives, _support, _tiling, _tiling_sm90, _window
-from jax_na._launches import Launch, hopper_forward, launches
-from jax_na._plan import HopperPlan, Plan, make_plan
+from jax_na._launches import Launch, hopper_launches, launches
+from jax_na._plan import Plan, make_plan
 from jax_na._problem import Operands, Problem
 
 
@@ -21,8 +21,9 @@ class Kernels:
     """What runs a call on one kind of NVIDIA GPU.
 
     Attributes:
-        boxes: of rows and columns that they work on, by gradient or ``"forward"``, with
-            the work that this makes; empty for kernels that do not plan.
+        boxes: of rows and columns that they work on, and the work that this makes, of
+            ``"forward"``, ``"dquery"`` and ``"dkey_dvalue"``; empty for kernels that do
+            not plan.
         visited_over_useful: pairs that the forward kernel computes for each visible one,
             None likewise.
         forward: launches of the forward pass in their order, each with its shared memory.
@@ -66,8 +67,9 @@ class Explanation:
         compute_capability: that of the default CUDA device, None where there is none.
         portable: the kernels that any NVIDIA GPU can run; None on other platforms and
             for ``'xla'``.
-        hopper: those that run the call on Hopper GPUs; None where ``portable`` ones do.
-        hopper_refusal: why they do, None where they do not.
+        hopper: those that run the call on Hopper GPUs, where they differ from ``portable``.
+        hopper_refusals: by function, ``"forward"`` or ``"backward"``: why the kernels for
+            Hopper do not run it even there.
     """
 
     platform: str
@@ -80,7 +82,7 @@ class Explanation:
     compute_capability: tuple[int, int] | None
     portable: Kernels | None
     hopper: Kernels | None
-    hopper_refusal: str | None
+    hopper_refusals: Mapping[str, str]
 
     @property
     def kernels(self) -> Kernels | None:
@@ -115,8 +117,8 @@ class Explanation:
         ]
         for device, kernels in self._kernels_by_device():
             lines += [f"on {device}:", str(kernels)]
-        if self.hopper_refusal is not None:
-            lines.append(f"not the kernels for Hopper: {self.hopper_refusal}")
+        for function, reason in self.hopper_refusals.items():
+            lines.append(f"no {function} kernels for Hopper: {reason}")
         for implementation, reason in self.refusals.items():
             lines.append(f"not {implementation!r}: {reason}")
         return "\n".join(lines)
@@ -177,15 +179,12 @@ def explain(
     flops = 2 * pairs * copies * (head_dim + operands.value.shape[-1])
     chosen = _support.choose(implementation, platform, traits)
     plan = make_plan(chosen, platform, problem, operands)
-    portable = hopper = hopper_refusal = None
+    portable = hopper = None
+    hopper_refusals: dict[str, str] = {}
     if platform == "cuda" and chosen != "xla":
         portable = _portable_kernels(chosen, problem, operands, plan, pairs)
     if chosen == "fused" and plan is not None:
-        if isinstance(plan.hopper, str):
-            hopper_refusal = plan.hopper
-        else:
-            assert portable is not None
-            hopper = _hopper_kernels(portable, operands, plan.hopper, pairs)
+        hopper, hopper_refusals = _hopper_kernels(problem, operands, plan, pairs)
     return Explanation(
         platform,
         chosen,
@@ -197,7 +196,7 @@ def explain(
         _compute_capability() if platform == "cuda" else None,
         portable,
         hopper,
-        hopper_refusal,
+        hopper_refusals,
     )
 
 
@@ -218,27 +217,34 @@ def _portable_kernels(
     plan: Plan | None,
     visible_pairs: int,
 ) -> Kernels:
-    forward, backward = launches(implementation, problem, operands, plan)
+    found = launches(implementation, problem, operands, plan)
     if plan is None:
-        return Kernels({}, None, forward, backward)
+        return Kernels({}, None, *found)
     return Kernels(
-        {"forward": plan.forward, "dquery": plan.dquery, "dkey, dvalue": plan.dkey},
-        plan.forward.visited_pairs / visible_pairs,
-        forward,
-        backward,
+        _portable_boxes(plan), plan.forward.visited_pairs / visible_pairs, *found
     )
+
+
+def _portable_boxes(plan: Plan) -> dict[str, Any]:
+    return {"forward": plan.forward, "dquery": plan.dquery, "dkey_dvalue": plan.dkey}
 
 
 def _hopper_kernels(
-    portable: Kernels, operands: Operands, plan: HopperPlan, visible_pairs: int
-) -> Kernels:
-    """Those of the forward pass; the backward pass is that of the portable kernels."""
-    return Kernels(
-        {**portable.boxes, "forward": plan.forward},
-        plan.forward.visited_pairs / visible_pairs,
-        hopper_forward(operands, plan),
-        portable.backward,
-    )
+    problem: Problem, operands: Operands, plan: Plan, visible_pairs: int
+) -> tuple[Kernels | None, dict[str, str]]:
+    """What runs on Hopper GPUs, if it is not portable, and why what is portable is."""
+    boxes, refusals = _portable_boxes(plan), {}
+    functions = {"forward": plan.hopper_forward, "backward": plan.hopper_backward}
+    for function, tilings in functions.items():
+        if isinstance(tilings, str):
+            refusals[function] = tilings
+        else:
+            boxes.update(tilings)
+    if len(refusals) == len(functions):
+        return None, refusals
+    ratio = boxes["forward"].visited_pairs / visible_pairs
+    launches = hopper_launches(problem, operands, plan)
+    return Kernels(boxes, ratio, *launches), refusals
 
 
 def _visible_pairs(problem: Problem, operands: Operands) -> int:

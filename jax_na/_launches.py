@@ -1,6 +1,6 @@
 """What one call launches on an NVIDIA GPU: kernels, and the shared memory of each.
 
-Counted on the host, as ``cuda/fused/backward.cu``, ``cuda/sm90/forward.cu``,
+Counted on the host, as ``cuda/fused/backward.cu``, ``cuda/sm90/backward.cu``,
 ``cuda/naive/backward.cu`` and ``jax_na/_gemm.py`` launch and as the ``Shared`` structures
 of the kernels are laid out.
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jax_na import _tiling_sm90
-from jax_na._plan import HopperPlan, Plan
+from jax_na._plan import Plan
 from jax_na._problem import Operands, Problem
 
 _LARGEST_SHARED_BIAS = 16 << 10  # as in cuda/fused/bias.cuh
-_HOPPER_SHARED = 227 << 10  # of a CTA, at most; as in cuda/sm90/forward.cuh
+_HOPPER_SHARED = 227 << 10  # as in cuda/sm90/pipeline.cuh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,8 @@ class Launch:
 
     Attributes:
         kernel: what it computes.
-        shared_bytes: dynamic shared memory of a CTA.
+        shared_bytes: dynamic shared memory of a CTA; of kernels for Hopper, one CTA of
+            which fills a multiprocessor, what it may take at most.
     """
 
     kernel: str
@@ -39,7 +39,7 @@ def launches(
 ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     """Of the forward pass, and of the backward pass for every gradient there is.
 
-    The kernels are those that every NVIDIA GPU runs; :func:`hopper_forward` has others.
+    The kernels are those that every NVIDIA GPU runs.
     """
     if implementation == "fused":
         assert plan is not None
@@ -142,26 +142,24 @@ def _key_and_value(name: str, apart: bool, size: int) -> list[Launch]:
 # ---- Fused, on Hopper ----------------------------------------------------------------
 
 
-def hopper_forward(operands: Operands, plan: HopperPlan) -> tuple[Launch, ...]:
-    """Of the forward pass where the device is a Hopper GPU."""
-    kernel = plan.forward.kernel
-    groups, columns, pipelines = kernel.groups, kernel.columns, kernel.pipelines
-    row_bytes = _row_bytes(operands)
-    queries = 2 * groups * _tiling_sm90.ROWS * row_bytes  # of two tiles
-    tables = 6 * 1024 // pipelines + 5 * 1024
-    memory = _HOPPER_SHARED // pipelines - tables - queries
-    slots = min(16, memory // (columns * row_bytes))
-
-    barriers = 8 * (2 * slots + 4)
-    entries = groups * _tiling_sm90.ROWS + 2
-    tile_table = _aligned(16 + 4 * 4 + 12 * entries + 4 * (8 + 3 * groups), 8)
-    tokens = 2 * groups * _tiling_sm90.ROWS * 4
-    pipeline = (
-        queries + slots * columns * row_bytes + barriers + 2 * tile_table + tokens
-    )
-    column_sets = (columns + 6) * -(-columns // 128) * 4 * 4
-    shared = pipelines * _aligned(pipeline, 1024) + column_sets + 4 * columns
-    return (Launch("forward", _aligned(shared, 1024)),)
+def hopper_launches(
+    problem: Problem, operands: Operands, plan: Plan
+) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """As :func:`launches`, of ``'fused'`` where the device is a Hopper GPU."""
+    forward = _fused_forward(problem, operands, plan)
+    if not isinstance(plan.hopper_forward, str):
+        forward = (Launch("forward", _HOPPER_SHARED),)
+    backward = _fused_backward(problem, operands, plan)
+    if not isinstance(plan.hopper_backward, str):
+        names = ("dquery", "dkey, dvalue", "dkey", "dvalue")
+        rest = (
+            Launch(launch.kernel.removeprefix("dquery, "), launch.shared_bytes)
+            for launch in backward
+            if launch.kernel not in names
+        )
+        own = (Launch(name, _HOPPER_SHARED) for name in names[:2])
+        backward = (*own, *rest)
+    return forward, backward
 
 
 # ---- Products ------------------------------------------------------------------------

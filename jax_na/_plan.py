@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from jax_na import _support, _tiling, _tiling_sm90
 from jax_na._native import Attributes
@@ -15,24 +16,22 @@ _WANTED_CTAS = 528
 _WORKSPACE_FLOATS = (16 << 20) // 4
 
 
-class HopperBackward(NamedTuple):
-    """How the kernels for Hopper cut a backward pass.
-
-    Attributes:
-        dquery: boxes whose rows are queries.
-        dkey_dvalue: boxes whose rows are keys.
-    """
-
-    dquery: _tiling_sm90.Tiling
-    dkey_dvalue: _tiling_sm90.Tiling
+#: Boxes by launch, or why there are none: what the kernels for Hopper do on such a device.
+HopperTilings: TypeAlias = Mapping[str, _tiling_sm90.Tiling] | str
 
 
-def _hopper_attributes(name: str, tiling: _tiling_sm90.Tiling) -> Attributes:
-    """Of a launch, as ``ffi/hopper.h`` reads them."""
-    return (
-        (f"sm90_{name}_row_box", tiling.row_box),
-        (f"sm90_{name}_column_box", tiling.column_box),
-        (f"sm90_{name}_kernel", (tiling.kernel.columns, tiling.kernel.groups)),
+def _hopper_attributes(tilings: HopperTilings) -> Attributes:
+    """As ``ffi/hopper.h`` reads them."""
+    if isinstance(tilings, str):
+        return ()
+    return tuple(
+        (f"sm90_{launch}_{name}", value)
+        for launch, tiling in tilings.items()
+        for name, value in (
+            ("row_box", tiling.row_box),
+            ("column_box", tiling.column_box),
+            ("kernel", (tiling.kernel.columns, tiling.kernel.groups)),
+        )
     )
 
 
@@ -49,9 +48,9 @@ class Plan:
         dkey: boxes of the gradients of key and value, whose tiles own keys.
         bias_splits: CTAs that share one table of the bias's gradient.
         additional_splits: CTAs that share the queries of 64 additional keys.
-        hopper_forward: boxes of the kernel for Hopper that makes the forward pass on such
-            a device, or why the portable one does there too.
-        hopper_backward: the same of the gradients of query, key and value.
+        hopper_forward: boxes ``"forward"``; or why the portable kernels run there too.
+        hopper_backward: the same of the gradients of query, key and value, boxes
+            ``"dquery"`` and ``"dkey_dvalue"``.
     """
 
     forward: _tiling.Tiling
@@ -59,35 +58,30 @@ class Plan:
     dkey: _tiling.Tiling
     bias_splits: int
     additional_splits: int
-    hopper_forward: _tiling_sm90.Tiling | str
-    hopper_backward: HopperBackward | str
+    hopper_forward: HopperTilings
+    hopper_backward: HopperTilings
 
     @property
     def forward_attributes(self) -> Attributes:
         """What the custom call of the forward pass carries of it."""
-        portable = (
+        return (
             ("query_tile", self.forward.row_tile),
             ("key_box", self.forward.column_box),
+            *_hopper_attributes(self.hopper_forward),
         )
-        if isinstance(self.hopper_forward, str):
-            return portable
-        return portable + _hopper_attributes("forward", self.hopper_forward)
 
     @property
     def backward_attributes(self) -> Attributes:
         """What the custom call of the backward pass carries of it."""
-        portable = (
+        return (
             ("query_tile", self.dquery.row_tile),
             ("key_box", self.dquery.column_box),
             ("query_box", self.dkey.column_box),
             ("key_tile", self.dkey.row_tile),
             ("bias_splits", self.bias_splits),
             ("additional_splits", self.additional_splits),
+            *_hopper_attributes(self.hopper_backward),
         )
-        if isinstance(self.hopper_backward, str):
-            return portable
-        launches = self.hopper_backward._asdict().items()
-        return sum((_hopper_attributes(*launch) for launch in launches), portable)
 
 
 def make_plan(
@@ -96,19 +90,25 @@ def make_plan(
     """The plan of a call; None for kernels that need none."""
     if platform != "cuda" or implementation not in ("fused", "gemm"):
         return None
-    channels = max(operands.query.shape[-1], operands.value.shape[-1])
-    variant = _tiling.variant_of(channels, operands.query.dtype.itemsize)
+    variant = _tiling.variant_of(_channels(operands), operands.query.dtype.itemsize)
     model = _tiling.CostModel(wide=variant.wide)
     queries, keys = _axes(problem, operands.query), _axes(problem, operands.key)
     forward = _tiling.plan_rows_are_queries(queries, variant.forward, model)
     dquery = _tiling.plan_rows_are_queries(queries, variant.dquery, model)
     dkey = _tiling.plan_rows_are_keys(keys, variant.dkey, model)
-    hopper_forward: Any = f"{implementation!r} has no kernels for Hopper"
+    hopper_forward: HopperTilings = f"{implementation!r} has no kernels for Hopper"
     hopper_backward = hopper_forward
     if implementation == "fused":
-        hopper_forward = _hopper_forward(problem, operands, model.cost(forward))
-        costs = model.cost(dquery), model.cost(dkey)
-        hopper_backward = _hopper_backward(problem, operands, *costs)
+        hopper_forward = _hopper_tilings(
+            "forward", problem, operands, model, {_tiling_sm90.FORWARD: forward}
+        )
+        hopper_backward = _hopper_tilings(
+            "backward",
+            problem,
+            operands,
+            model,
+            {_tiling_sm90.DQUERY: dquery, _tiling_sm90.DKEY_DVALUE: dkey},
+        )
     return Plan(
         forward,
         dquery,
@@ -120,60 +120,38 @@ def make_plan(
     )
 
 
-def _hopper_refusal(function: str, problem: Problem, operands: Operands) -> str | None:
-    channels = max(operands.query.shape[-1], operands.value.shape[-1])
-    dtype = operands.query.dtype
-    return _support.hopper_refusal(function, dtype, channels, problem.dilation)
-
-
-def _hopper_forward(
-    problem: Problem, operands: Operands, portable_cost: float
-) -> _tiling_sm90.Tiling | str:
-    """Or why not. ``portable_cost`` is that of the portable kernel."""
-    refusal = _hopper_refusal("forward", problem, operands)
-    if refusal is not None:
-        return refusal
-    which, query = _tiling_sm90.FORWARD, operands.query
-    channels = max(query.shape[-1], operands.value.shape[-1])
-    copies = _copies(problem, query)
-    tiling = _tiling_sm90.plan(which, channels, _axes(problem, query), copies)
-    portable = portable_cost * which.portable_cycles[which.padded(channels)]
-    return _slower(which.cycles_of(tiling), portable) or tiling
-
-
-def _hopper_backward(
-    problem: Problem, operands: Operands, *portable_costs: float
-) -> HopperBackward | str:
-    """Likewise; costs of dquery and of dkey with dvalue, per head of queries."""
-    refusal = _hopper_refusal("backward", problem, operands)
-    if refusal is not None:
-        return refusal
-    query, key = operands.query, operands.key
-    channels = max(query.shape[-1], operands.value.shape[-1])
+def _hopper_tilings(
+    function: str,
+    problem: Problem,
+    operands: Operands,
+    model: _tiling.CostModel,
+    portable: Mapping[_tiling_sm90.Pass, _tiling.Tiling],
+) -> HopperTilings:
+    """What the kernels for Hopper do instead of ``portable`` ones, of cost ``model``."""
+    query, key, channels = operands.query, operands.key, _channels(operands)
     group = query.shape[-2] // key.shape[-2]
-    passes = _tiling_sm90.DQUERY, _tiling_sm90.DKEY_DVALUE
-    tilings = HopperBackward(
-        *(
-            _tiling_sm90.plan(
-                which, channels, _axes(problem, rows), _copies(problem, rows), members
-            )
-            for which, rows, members in zip(passes, (query, key), (1, group))
-        )
+    bias = 0
+    if operands.bias is not None:
+        bias = math.prod(problem.bias_shape) * (group if function == "backward" else 1)
+    refusal = _support.hopper_refusal(
+        function, query.dtype, channels, problem.dilation, bias
     )
-    own = portable = 0.0
-    for which, tiling, cost, members in zip(passes, tilings, portable_costs, (1, group)):
-        own += which.cycles_of(tiling) / members
-        portable += cost * which.portable_cycles[which.padded(channels)]
-    return _slower(own, portable) or tilings
-
-
-def _slower(cycles: float, portable_cycles: float) -> str | None:
-    """What to say where the planner takes the kernels for Hopper to be the slower ones."""
-    if is_faster(cycles, portable_cycles):
-        return None
+    if refusal is not None:
+        return refusal
+    tilings, own_cycles, portable_cycles = {}, 0.0, 0.0
+    for which, other in portable.items():
+        rows, members = (key, group) if which.rows_are_keys else (query, 1)
+        axes, copies = _axes(problem, rows), _copies(problem, rows)
+        tiling = _tiling_sm90.plan(which, channels, axes, copies, members)
+        tilings[which.name] = tiling
+        own_cycles += which.cycles_of(tiling, copies) / members
+        cost = model.cost(other)
+        portable_cycles += which.portable_cycles_of(other, cost, channels, copies)
+    if is_faster(own_cycles, portable_cycles):
+        return tilings
     return (
-        f"by the planner's estimate they take {cycles / portable_cycles:.2f} times as long "
-        "as the portable kernels"
+        f"by the planner's estimate they take {own_cycles / portable_cycles:.2f} times as "
+        "long as the portable kernels"
     )
 
 
@@ -210,6 +188,10 @@ def workspace_shape(
         return (*batch, key_heads, bias + additional)
     ones = (1,) * len(batch)
     return (*ones, key_heads, bias + additional * math.prod(batch))
+
+
+def _channels(operands: Operands) -> int:
+    return max(operands.query.shape[-1], operands.value.shape[-1])
 
 
 def _axes(problem: Problem, array: Any) -> tuple[_tiling.Axis, ...]:

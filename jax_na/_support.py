@@ -8,8 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from jax_na import _ffi
-from jax_na._tiling_sm90 import DQUERY, FORWARD, LARGEST_DILATION
+from jax_na import _ffi, _tiling_sm90
 
 Implementation: TypeAlias = Literal["fused", "gemm", "naive", "xla"]
 
@@ -20,13 +19,17 @@ IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 NATIVE_PLATFORMS = ("cpu", "cuda")
 
 #: The largest head dimension in the kernels for Hopper, by function.
-HOPPER_CHANNELS = {"forward": max(FORWARD.kernels), "backward": max(DQUERY.kernels)}
+_HOPPER_CHANNELS = {
+    "forward": max(_tiling_sm90.FORWARD.kernels),
+    "backward": max(_tiling_sm90.DQUERY.kernels),
+}
 
 #: What :func:`hopper_refusal` lets through.
 _HOPPER = (
     "'fused' in float16 and bfloat16, dilations up to "
-    f"{LARGEST_DILATION}, head dimensions up to {HOPPER_CHANNELS['forward']}, for gradients "
-    f"up to {HOPPER_CHANNELS['backward']}"
+    f"{_tiling_sm90.LARGEST_DILATION}, bias tables up to {_tiling_sm90.LARGEST_BIAS} "
+    f"entries, head dimensions up to {_HOPPER_CHANNELS['forward']}, for gradients up to "
+    f"{_HOPPER_CHANNELS['backward']}"
 )
 
 #: Implementations that use tensor cores on a GPU.
@@ -93,20 +96,34 @@ def _tensor_core_refusal(implementation: str, traits: Traits) -> str | None:
 
 
 def hopper_refusal(
-    function: str, dtype: np.dtype, channels: int, dilation: tuple[int, ...]
+    function: str,
+    dtype: np.dtype,
+    channels: int,
+    dilation: tuple[int, ...],
+    bias_entries: int,
 ) -> str | None:
     """Why the kernels for Hopper cannot run ``'fused'`` there; None if they can.
 
-    If not, the portable kernels do, as on every other NVIDIA GPU. ``function`` is
-    "forward" or "backward", and ``channels`` the more of those of query and value.
+    If not, the portable kernels do, as on every other NVIDIA GPU.
+
+    Args:
+        function: "forward" or "backward".
+        dtype: of query, key and value.
+        channels: of a head, the more of those of query and value.
+        dilation: of the window.
+        bias_entries: of the tables of bias that a CTA reads; 0 without a bias.
     """
     if np.dtype(dtype).itemsize != 2:
         return f"they take float16 and bfloat16, got {np.dtype(dtype).name}"
-    if max(dilation) > LARGEST_DILATION:
-        return f"they take dilations up to {LARGEST_DILATION}, got {max(dilation)}"
-    most = HOPPER_CHANNELS[function]
+    most = _tiling_sm90.LARGEST_DILATION
+    if max(dilation) > most:
+        return f"they take dilations up to {most}, got {max(dilation)}"
+    most = _HOPPER_CHANNELS[function]
     if channels > most:
         return f"they take head dimensions up to {most}, got {channels}"
+    most = _tiling_sm90.LARGEST_BIAS
+    if bias_entries > most:
+        return f"they take bias tables of up to {most} entries, got {bias_entries}"
     return None
 
 

@@ -27,8 +27,13 @@ ROWS = 64
 #: Tokens that a box of one copy may span on an axis, and its largest dilation.
 MOST_SPANNED, LARGEST_DILATION = 256, 8
 
-#: Of the device that plans are for.
-MULTIPROCESSORS = 132
+#: Entries of the tables of bias that a CTA holds, one table for every head of columns that
+#: a head of rows has.
+LARGEST_BIAS = 768
+
+# Of the device that plans are for, and what each of them holds of the portable kernels.
+_MULTIPROCESSORS = 132
+_PORTABLE_CTAS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,8 @@ class Pass:
     """A launch and the kernels that were compiled for it.
 
     Attributes:
-        interval: of columns that a row sees.
+        name: in the attributes of custom calls.
+        rows_are_keys: and columns queries, instead of the other way round.
         costs: fitted to times on an H200.
         kernels: by padded head dimension, as in ``cuda/sm90/variants.h``. Their cycles are
             fitted too, but for those of 96, 192 and 256, which are interpolated.
@@ -77,10 +83,16 @@ class Pass:
             :class:`jax_na._tiling.CostModel` in the portable kernels.
     """
 
-    interval: Interval
+    name: str
+    rows_are_keys: bool
     costs: Costs
     kernels: dict[int, tuple[Kernel, ...]]
     portable_cycles: dict[int, int]
+
+    @property
+    def interval(self) -> Interval:
+        """Of columns that a row sees."""
+        return _window.query_interval if self.rows_are_keys else _window.key_interval
 
     def padded(self, channels: int) -> int:
         """The head dimension of the kernels for heads of so many channels."""
@@ -97,28 +109,35 @@ class Pass:
             + (loads * kernel.groups - visits) * self.costs.skip
         )
 
-    def cycles_of(self, tiling: Tiling) -> float:
-        """:meth:`cycles` per head and sample."""
-        counts = (tiling.tiles, tiling.loads, tiling.visits, tiling.masked_visits)
-        return self.cycles(tiling.kernel, *counts)
+    def cycles_of(self, tiling: Tiling, copies: int | None) -> float:
+        """Until the last CTA is done, per head and sample; of all multiprocessors."""
+        kernel, tiles = tiling.kernel, tiling.tiles
+        counts = (tiles, tiling.loads, tiling.visits, tiling.masked_visits)
+        return self.cycles(kernel, *counts) * imbalance(tiles, kernel.pipelines, copies)
+
+    def portable_cycles_of(
+        self, tiling: _tiling.Tiling, cost: float, channels: int, copies: int | None
+    ) -> float:
+        """The same of the portable kernel, with its cost by its own planner."""
+        cycles = cost * self.portable_cycles[self.padded(channels)]
+        return cycles * imbalance(tiling.tiles, _PORTABLE_CTAS, copies)
 
 
 FORWARD = Pass(
-    _window.key_interval,
+    "forward",
+    False,
     Costs(mask=2.6, tile=1460, skip=650),
     {
         32: (
             Kernel(64, 1, 4, 470),
             Kernel(96, 1, 3, 540),
             Kernel(112, 1, 3, 670),
-            Kernel(128, 1, 3, 810),
         ),
         64: (
-            Kernel(64, 1, 4, 600),
+            Kernel(64, 1, 3, 600),
             Kernel(80, 1, 3, 710),
             Kernel(96, 1, 3, 840),
             Kernel(112, 1, 3, 920),
-            Kernel(128, 1, 3, 1220),
             Kernel(128, 2, 1, 1180),
         ),
         96: (Kernel(80, 2, 1, 880), Kernel(128, 2, 1, 1360)),
@@ -128,18 +147,18 @@ FORWARD = Pass(
             Kernel(128, 2, 1, 1540),
             Kernel(144, 2, 1, 1870),
         ),
-        192: (Kernel(80, 2, 1, 1450),),
+        192: (Kernel(64, 2, 1, 1150),),
         256: (Kernel(48, 2, 1, 1150),),
     },
     {32: 650, 64: 800, 96: 1150, 128: 1500, 192: 2200, 256: 3000},
 )
 
-#: Of the query's gradient.
 DQUERY = Pass(
-    _window.key_interval,
+    "dquery",
+    False,
     Costs(mask=3.1, tile=1940, skip=360),
     {
-        32: (Kernel(64, 1, 3, 340), Kernel(80, 1, 3, 340), Kernel(96, 1, 3, 580)),
+        32: (Kernel(64, 1, 3, 340), Kernel(80, 1, 3, 340), Kernel(96, 1, 2, 580)),
         64: (Kernel(64, 1, 3, 740), Kernel(80, 1, 2, 850), Kernel(96, 1, 2, 930)),
         96: (Kernel(64, 2, 1, 1020),),
         128: (Kernel(64, 2, 1, 1300), Kernel(80, 2, 1, 1740)),
@@ -147,9 +166,9 @@ DQUERY = Pass(
     {32: 820, 64: 1020, 96: 1540, 128: 2060},
 )
 
-#: Of the gradients of key and value: rows are keys, and columns queries.
 DKEY_DVALUE = Pass(
-    _window.query_interval,
+    "dkey_dvalue",
+    True,
     Costs(mask=6.9, tile=500, skip=210),
     {
         32: (Kernel(64, 1, 3, 670), Kernel(96, 1, 2, 1130)),
@@ -306,9 +325,17 @@ def _boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
     return np.array(sorted(boxes, key=lambda box: box[::-1], reverse=True))
 
 
-def imbalance(kernel: Kernel, tiles: Any) -> Any:
-    """Tiles of the CTA that takes most over the average CTA's."""
-    rounds = tiles / (MULTIPROCESSORS * kernel.pipelines)
+def imbalance(tiles: Any, at_once: int, copies: int | None) -> Any:
+    """What the busiest multiprocessor has to do over the average.
+
+    Args:
+        tiles: per head and sample.
+        at_once: tiles that a multiprocessor works on at the same time.
+        copies: heads of all samples, None where they are not known, and many.
+    """
+    if not copies:
+        return 1.0
+    rounds = tiles * copies / (_MULTIPROCESSORS * at_once)
     return np.ceil(rounds) / rounds
 
 
@@ -340,8 +367,7 @@ def plan(
         counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
         counts[1:] *= members
         cycles = which.cycles(kernel, *counts)
-        if copies:
-            cycles = cycles * imbalance(kernel, copies * counts[0])
+        cycles = cycles * imbalance(counts[0], kernel.pipelines, copies)
         # Of equals the longest last axis of column boxes.
         column, row = np.unravel_index(np.argmin(cycles.T), cycles.T.shape)
         if cycles[row, column] < least:

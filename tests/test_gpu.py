@@ -142,7 +142,8 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = make_plan(*arguments)
         assert plan is not None
         boxes = dataclasses.replace(plan.forward, row_tile=(12, 100))
-        return dataclasses.replace(plan, forward=boxes, hopper="not in this test")
+        refusal = "not in this test"
+        return dataclasses.replace(plan, forward=boxes, hopper_forward=refusal)
 
     arrays = _tokens(0)
 

@@ -207,13 +207,18 @@ def test_attributes_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     force_tier(monkeypatch, "hopper")
     gradient = _gradient(_attend("fused"))
     text = _lowered(gradient, "cuda", *_shapes(jnp.bfloat16))
-    forward = attributes(text, "jax_na_forward_fused")
-    columns, groups = forward["sm90_forward_kernel"]
-    assert columns % 16 == 0 and groups in (1, 2, 3)
-    for name in ("query_tile", "key_box", "sm90_forward_row_box"):
-        assert len(forward[name]) == 2
-    assert np.prod(forward["sm90_forward_row_box"]) <= 64
-    assert np.prod(forward["sm90_forward_column_box"]) <= columns
+    for function, portable, launches in (
+        ("forward", {"query_tile", "key_box"}, ("forward",)),
+        ("backward", {"query_box", "key_tile"}, ("dquery", "dkey_dvalue")),
+    ):
+        found = attributes(text, f"jax_na_{function}_fused")
+        assert portable <= set(found)
+        for launch in launches:
+            columns, groups = found[f"sm90_{launch}_kernel"]
+            assert columns % 16 == 0 and groups in (1, 2, 3)
+            for box, limit in (("row_box", 64), ("column_box", columns)):
+                extents = found[f"sm90_{launch}_{box}"]
+                assert len(extents) == 2 and np.prod(extents) <= limit
     for other, dtype in (
         (gradient, jnp.float32),
         (_gradient(_attend("naive")), "float16"),

@@ -13,10 +13,7 @@ import pytest
 from problems import implementations, platform
 
 import jax_na
-from jax_na import _explain, _ffi, _tiling, _tiling_sm90, _window
-from jax_na._launches import hopper_forward
-from jax_na._plan import HopperPlan
-from jax_na._problem import Operands
+from jax_na import _explain, _ffi
 
 NAMES = ("fused", "gemm", "naive", "xla")
 
@@ -239,33 +236,6 @@ def test_launches_are_those_of_cuda() -> None:
     )
 
 
-# sizeof(Shared) of cuda/sm90/forward.cuh, from nvcc, by padded dimension, columns, groups.
-HOPPER_SHARED = {
-    (32, 64, 1): 220160,
-    (32, 112, 1): 208896,
-    (64, 80, 1): 214016,
-    (64, 128, 2): 221184,
-    (96, 80, 2): 225280,
-    (128, 64, 3): 222208,
-    (128, 176, 2): 212992,
-    (192, 80, 2): 228352,
-    (256, 48, 2): 211968,
-}
-
-
-@pytest.mark.parametrize(("dim", "columns", "groups"), HOPPER_SHARED)
-def test_shared_memory_on_hopper(dim: int, columns: int, groups: int) -> None:
-    kernel = _tiling_sm90.Kernel(columns, groups, 1)
-    axis = _tiling.Axis(256, 3, 1, 1, False)
-    tiling = _tiling_sm90.count(
-        (axis,), _window.key_interval, kernel, (64,), (columns,)
-    )
-    tokens = jax.ShapeDtypeStruct((256, 1, dim), jnp.bfloat16)
-    operands = Operands(tokens, tokens, tokens)
-    (launch,) = hopper_forward(operands, HopperPlan(tiling))
-    assert launch.shared_bytes == HOPPER_SHARED[dim, columns, groups]
-
-
 @pytest.mark.usefixtures("every_kernel")
 def test_explain_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the device at hand; of all that there may be where there is none."""
@@ -276,7 +246,7 @@ def test_explain_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
         return jax_na.explain(tokens, tokens, tokens, (9, 9), platform="cuda")
 
     unknown = explain(None, jnp.bfloat16)
-    assert unknown.hopper_refusal is None and unknown.kernels is unknown.portable
+    assert not unknown.hopper_refusals and unknown.kernels is unknown.portable
     for part in ("Hopper GPUs", "other NVIDIA", unknown.hopper, unknown.portable):
         assert str(part) in str(unknown)
     hopper = explain((9, 0), jnp.bfloat16)
@@ -288,8 +258,34 @@ def test_explain_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert str(other.hopper) not in str(other)
     refused = explain((9, 0), jnp.float32)
     assert refused.hopper is None and refused.kernels is refused.portable
-    assert "float32" in refused.hopper_refusal
-    assert f"not the kernels for Hopper: {refused.hopper_refusal}" in str(refused)
+    for function in ("forward", "backward"):
+        reason = refused.hopper_refusals[function]
+        assert "float32" in reason
+        assert f"no {function} kernels for Hopper: {reason}" in str(refused)
+
+
+@pytest.mark.usefixtures("every_kernel")
+def test_launches_on_hopper() -> None:
+    def launches(channels: int, **options: Any) -> tuple[list[str], list[str]]:
+        tokens = jax.ShapeDtypeStruct((2, 64, 64, 4, channels), jnp.bfloat16)
+        explanation = jax_na.explain(
+            tokens, tokens, tokens, (9, 9), platform="cuda", **options
+        )
+        passes = explanation.hopper.forward, explanation.hopper.backward
+        forward, backward = ([launch.kernel for launch in found] for found in passes)
+        return forward, backward
+
+    own = ["dquery", "dkey, dvalue"]
+    assert launches(64) == (["forward"], own)
+    _, backward = launches(
+        64,
+        rel_pos_bias=jnp.ones((4, 17, 17)),
+        additional_keys=jnp.ones((2, 3, 4, 64), jnp.bfloat16),
+        additional_values=jnp.ones((2, 3, 4, 64), jnp.bfloat16),
+    )
+    assert backward[:3] == [*own, "dbias"]
+    assert "dadditional_key, dadditional_value" in backward
+    assert launches(256) == (["forward"], ["dquery", "dkey", "dvalue"])
 
 
 def test_explain_refuses_what_the_call_refuses() -> None:

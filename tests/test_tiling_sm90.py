@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,15 @@ from tiers import force_tier
 
 from jax_na import _ops, _plan, _reference, _tiling_sm90, _window
 from jax_na._tiling import Axis
-from jax_na._tiling_sm90 import ROWS, CostModel, Kernel, Tiling
+from jax_na._tiling_sm90 import (
+    DKEY_DVALUE,
+    DQUERY,
+    FORWARD,
+    ROWS,
+    Kernel,
+    Pass,
+    Tiling,
+)
 
 SOURCES = Path(__file__).parents[1] / "cuda" / "sm90"
 
@@ -97,7 +107,7 @@ def _problems(draw: Any) -> Any:
     boxes = st.tuples(*(st.integers(1, 6) for _ in axes))
     row_box, column_box = draw(boxes), draw(boxes)
     columns = math.prod(column_box) + draw(st.sampled_from([0, 0, 1]))
-    kernel = Kernel(columns, draw(st.integers(1, 3)), 100)
+    kernel = Kernel(columns, draw(st.integers(1, 3)), 1, 100)
     return tuple(axes), draw(st.booleans()), kernel, row_box, column_box
 
 
@@ -113,15 +123,9 @@ def test_counts_are_exact(problem: Any) -> None:
     assert tiling.visited_pairs == tiling.visits * 64 * kernel.columns
 
 
+PASSES = ("hopper_forward", "hopper_backward")
+
 # ---- Choice --------------------------------------------------------------------------
-
-
-def _cost(tiling: Tiling, copies: int | None) -> float:
-    model = CostModel()
-    cost = model.cycles(tiling)
-    if copies is not None:
-        cost *= model.imbalance(tiling.kernel, tiling.tiles * copies)
-    return cost
 
 
 @pytest.mark.parametrize("copies", [None, 1000])
@@ -135,21 +139,32 @@ def _cost(tiling: Tiling, copies: int | None) -> float:
 )
 def test_choice_is_the_cheapest(axes: tuple[Axis, ...], copies: int | None) -> None:
     """Of all kernels and boxes, those that could be enlarged included."""
-    kernels = (Kernel(16, 1, 600), Kernel(24, 2, 700))
-    chosen = _tiling_sm90.plan_rows_are_queries(axes, kernels, copies)
+    kernels = (Kernel(16, 1, 3, 600), Kernel(24, 2, 1, 700))
+    which = dataclasses.replace(FORWARD, kernels={64: kernels})
 
     def boxes(limit: int) -> Iterator[tuple[int, ...]]:
         for box in itertools.product(range(1, limit + 1), repeat=len(axes)):
             if math.prod(box) <= limit:
                 yield box
 
+    def cost(tiling: Tiling) -> float:
+        return which.cycles_of(tiling, copies)
+
     least = min(
-        _cost(_tiling_sm90.count(axes, _window.key_interval, *candidate), copies)
+        cost(_tiling_sm90.count(axes, which.interval, kernel, *pair))
         for kernel in kernels
-        for candidate in itertools.product([kernel], boxes(ROWS), boxes(kernel.columns))
+        for pair in itertools.product(boxes(ROWS), boxes(kernel.columns))
     )
     # A smaller box can be cheaper only by needing no mask where a larger one does.
-    assert least <= _cost(chosen, copies) <= least * 1.1
+    assert least <= cost(_tiling_sm90.plan(which, 64, axes, copies)) <= least * 1.1
+
+
+def test_heads_of_columns_count() -> None:
+    axes = (Axis(300, 31, 1, 1, False),)
+    one, four = (_tiling_sm90.plan(DKEY_DVALUE, 64, axes, None, n) for n in (1, 4))
+    for count in ("loads", "visits", "masked_visits"):
+        assert getattr(four, count) == 4 * getattr(one, count)
+    assert four.tiles == one.tiles
 
 
 def _plan_of(
@@ -158,19 +173,29 @@ def _plan_of(
     channels: int = 64,
     dtype: str = "bfloat16",
     batch: tuple[Any, ...] = (2,),
+    group: int = 1,
+    has_bias: bool = False,
     **window: Any,
 ) -> _plan.Plan:
-    operand = jax.ShapeDtypeStruct((*batch, *grid, 4, channels), dtype)
+    query = jax.ShapeDtypeStruct((*batch, *grid, 2 * group, channels), dtype)
+    key = jax.ShapeDtypeStruct((*batch, *grid, 2, channels), dtype)
+    bias = jnp.zeros((2 * group, *(2 * k - 1 for k in kernel_size)))
     problem: Any = None
 
-    def canonical(operand: Any) -> Any:
+    def canonical(query: Any, key: Any) -> Any:
         nonlocal problem
         problem, operands = _ops.canonical_call(
-            len(grid), operand, operand, operand, kernel_size, **window
+            len(grid),
+            query,
+            key,
+            key,
+            kernel_size,
+            rel_pos_bias=bias if has_bias else None,
+            **window,
         )
         return operands
 
-    operands = jax.eval_shape(canonical, operand)
+    operands = jax.eval_shape(canonical, query, key)
     plan = _plan.make_plan("fused", "cuda", problem, operands)
     assert plan is not None
     return plan
@@ -191,6 +216,8 @@ def _calls(draw: Any) -> dict[str, Any]:
         "channels": 8 * draw(st.integers(1, 32)),
         "dtype": draw(st.sampled_from(["float16", "bfloat16"])),
         "batch": draw(st.sampled_from([(), (1,), (3, 70)])),
+        "group": draw(st.sampled_from([1, 3])),
+        "has_bias": draw(st.booleans()),
         "stride": tuple(stride),
         "dilation": tuple(dilation),
         "is_causal": tuple(draw(st.booleans()) for _ in grid),
@@ -200,71 +227,98 @@ def _calls(draw: Any) -> dict[str, Any]:
 @given(_calls())
 @settings(max_examples=60, deadline=None)
 def test_plans_fit_the_kernels(call: dict[str, Any]) -> None:
-    """What ``cuda/sm90/forward.cu`` refuses is not planned."""
-    hopper = _plan_of(**call).hopper
-    if isinstance(hopper, str):
-        assert "times as long" in hopper
-        return
-    tiling = hopper.forward
-    assert math.prod(tiling.row_box) <= ROWS
-    assert math.prod(tiling.column_box) <= tiling.kernel.columns
-    assert tiling.kernel in _tiling_sm90.FORWARD[_tiling_sm90.padded(call["channels"])]
-    for box in (tiling.row_box, tiling.column_box):
-        for extent, dilation in zip(box, call["dilation"], strict=True):
-            assert (extent - 1) * dilation + 1 <= 256
+    """What ``cuda/sm90/streams.cu`` refuses is not planned."""
+    plan = _plan_of(**call)
+    passes = {which.name: which for which in (FORWARD, DQUERY, DKEY_DVALUE)}
+    planned: dict[str, Tiling] = {}
+    for name in PASSES:
+        tilings = getattr(plan, name)
+        planned |= {} if isinstance(tilings, str) else tilings
+    for name, tiling in planned.items():
+        which = passes[name]
+        tables = call["group"] if which.rows_are_keys else 1
+        assert math.prod(tiling.row_box) <= ROWS
+        assert math.prod(tiling.column_box) <= tiling.kernel.columns
+        assert tiling.kernel in which.kernels[which.padded(call["channels"])]
+        for box in (tiling.row_box, tiling.column_box):
+            for extent, dilation in zip(box, call["dilation"], strict=True):
+                assert (extent - 1) * dilation + 1 <= 256
+        bias = tables * math.prod(2 * k - 1 for k in call["kernel_size"])
+        assert not call["has_bias"] or bias <= _tiling_sm90.LARGEST_BIAS
 
 
 def test_plans_of_symbolic_batches() -> None:
     (batch,) = jax.export.symbolic_shape("batch")
-    many = _plan_of((64, 64), (13, 13), batch=(1000,))
-    assert _plan_of((64, 64), (13, 13), batch=(batch,)).hopper == many.hopper
+    plans = [_plan_of((64, 64), (13, 13), batch=(n,)) for n in (batch, 1000)]
+    for name in PASSES:
+        assert getattr(plans[0], name) == getattr(plans[1], name)
 
 
-def test_calls_without_a_plan() -> None:
-    def refusal(**call: Any) -> str:
-        hopper = _plan_of((600,), (9,), **call).hopper
-        assert isinstance(hopper, str)
-        return hopper
-
-    assert "float32" in refusal(dtype="float32")
-    assert "dilations up to 8, got 9" in refusal(dilation=9)
-    # A box of one axis and dilation 8 holds 32 tokens, half of what it might.
-    assert "times as long" in refusal(dilation=8)
+@pytest.mark.parametrize(
+    ("call", "forward", "backward"),
+    [
+        ({"dtype": "float32"}, "float32", "float32"),
+        ({"dilation": 9}, "dilations up to 8, got 9", "got 9"),
+        ({"channels": 136}, None, "up to 128, got 136"),
+        ({"kernel_size": (385,), "has_bias": True}, "768 entries, got 769", "got 769"),
+        ({"kernel_size": (99,), "has_bias": True, "group": 4}, None, "got 788"),
+        # A box of one axis and dilation 8 holds 32 tokens, half of what it might.
+        ({"dilation": 8}, "times as long", "times as long"),
+        ({}, None, None),
+    ],
+)
+def test_calls_without_a_plan(
+    call: dict[str, Any], forward: str | None, backward: str | None
+) -> None:
+    plan = _plan_of(**({"grid": (1000,), "kernel_size": (65,), "batch": (99,)} | call))
+    for name, reason in zip(PASSES, (forward, backward), strict=True):
+        found = getattr(plan, name)
+        assert isinstance(found, str) == (reason is not None)
+        assert reason is None or reason in found
 
 
 def test_tiers_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def portable(**window: Any) -> list[bool]:
+        plan = _plan_of((1000,), (65,), **window)
+        return [isinstance(getattr(plan, name), str) for name in PASSES]
+
     force_tier(monkeypatch, "portable")
-    assert isinstance(_plan_of((64,), (9,)).hopper, str)
+    assert portable() == [True, True]
     monkeypatch.undo()
     force_tier(monkeypatch, "hopper")
-    assert isinstance(_plan_of((600,), (9,), dilation=8).hopper, _plan.HopperPlan)
-    assert isinstance(_plan_of((600,), (9,), dilation=9).hopper, str)
+    assert portable(dilation=8) == [False, False]
+    assert portable(dilation=9) == [True, True]
 
 
 # ---- The other side ------------------------------------------------------------------
 
 
-def test_table_is_that_of_the_kernels() -> None:
+@pytest.mark.parametrize(
+    ("which", "name"), [(FORWARD, "Forward"), (DQUERY, "DQuery"), (DKEY_DVALUE, "DKey")]
+)
+def test_tables_are_those_of_the_kernels(which: Pass, name: str) -> None:
     header = (SOURCES / "variants.h").read_text()
+    lists = (
+        rf"struct {name}<(\d+)> {{\s*static constexpr Variant kList\[\] = {{(.*?)}};"
+    )
     found = {
         int(dim): [
-            tuple(map(int, pair)) for pair in re.findall(r"{(\d+), (\d+)}", variants)
+            tuple(map(int, numbers.split(", ")))
+            for numbers in re.findall(r"{([\d, ]+)}", variants)
         ]
-        for dim, variants in re.findall(
-            r"struct Forward<(\d+)> {\s*static constexpr Variant kVariants\[\] = {(.*?)};",
-            header,
-            re.DOTALL,
-        )
+        for dim, variants in re.findall(lists, header, re.DOTALL)
     }
-    table = {
-        dim: [(kernel.columns, kernel.groups) for kernel in kernels]
-        for dim, kernels in _tiling_sm90.FORWARD.items()
+    assert found == {
+        dim: [(k.columns, k.groups, k.pipelines) for k in kernels]
+        for dim, kernels in which.kernels.items()
     }
-    assert found == table
 
 
 def test_limits_are_those_of_the_kernels() -> None:
-    source = (SOURCES / "tensor_map.cc").read_text()
-    assert f"kMostElements = {_tiling_sm90.MOST_SPANNED};" in source
-    assert f"kLargestStride = {_tiling_sm90.LARGEST_DILATION};" in source
-    assert f"kGroupRows = {ROWS};" in (SOURCES / "wgmma.cuh").read_text()
+    for file, constant in (
+        ("tensor_map.cc", f"kMostElements = {_tiling_sm90.MOST_SPANNED};"),
+        ("tensor_map.cc", f"kLargestStride = {_tiling_sm90.LARGEST_DILATION};"),
+        ("wgmma.cuh", f"kGroupRows = {ROWS};"),
+        ("variants.h", f"kLargestBias = {_tiling_sm90.LARGEST_BIAS};"),
+    ):
+        assert constant in (SOURCES / file).read_text()

@@ -16,6 +16,6 @@ def force_tier(monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
     and ``"portable"`` for those of any NVIDIA GPU alone.
     """
     if tier == "hopper":
-        monkeypatch.setattr(_plan, "time_over_portable", lambda *_: 0.0)
+        monkeypatch.setattr(_plan, "is_faster", lambda *_: True)
     else:
         monkeypatch.setattr(_support, "hopper_refusal", lambda *_: "not in this test")
