@@ -5,6 +5,8 @@
 //   dS^T = P^T (V dO^T - delta),          dK = scale dS^T Q
 //
 //   S0, dP0 | P0 | dV += P0 dO0 | dS0 | dK += dS0 Q0, S1, dP1 | P1 | ...
+//
+// The weights of a box are made while the tensor cores still add dK of the one before.
 #pragma once
 
 #include "bias.cuh"
@@ -42,6 +44,9 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
   RowView view;
   view.place<S::kGroups>(cut, group);
   float dkey[S::kDim / 2], dvalue[S::kDim / 2];
+  uint32_t dweights[kColumns / 4];  // dS as an operand
+  bool pending = false;             // dK += dS Q is under way,
+  uint32_t pending_queries = 0;     // with the queries at this position
 
   for (;;) {
     const uint32_t stage = own.next_tile();
@@ -62,7 +67,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
 
     const auto visit = [&](int32_t member, const BoxWalk& walk, uint32_t at) {
       float weights[kColumns / 2], dscores[kColumns / 2];
-      uint32_t operand[kColumns / 4], doperand[kColumns / 4];  // P and dS
+      uint32_t operand[kColumns / 4];  // P
       const uint32_t queries = ptx::shared_address(own.block(at));
       const uint32_t douts = ptx::shared_address(own.block(at + 1));
       own.wait(at);
@@ -70,6 +75,10 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
       products_begin();
       multiply_channels<T, Rows, Columns>(weights, keys, queries);
       products_commit();
+      products_wait<1>();
+      pin(dkey);
+      pin(dweights);
+      if (pending) own.release(pending_queries);
       own.wait(at + 1);
       if (p.frame != nullptr) {  // what lies beyond the frame is no number
         products_wait<0>();
@@ -82,6 +91,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
       products_begin();
       multiply_channels<T, Rows, Columns>(dscores, values, douts);
       products_commit();
+
 
       // ---- Weights ----
       const bool masked = S::kHasBias || box.size < kColumns || !view.all_see(walk, cut);
@@ -128,34 +138,44 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
         }
       }
       if (masked) select<kColumns>(dscores, mask);
-      pack_all<T>(doperand, dscores);
+      pack_all<T>(dweights, dscores);
       pin(dkey);
-      pin(doperand);
+      pin(dweights);
       products_begin();
-      multiply_rows<T, Columns>(dkey, doperand, queries);
+      multiply_rows<T, Columns>(dkey, dweights, queries);
       products_commit();
       products_wait<1>();
       pin(dvalue);
       own.release(at + 1);
+      pending = true;
+      pending_queries = at;
+    };
+    const auto finish_pending = [&] {
       products_wait<0>();
       pin(dkey);
-      own.release(at);
+      pin(dweights);
+      if (pending) own.release(pending_queries);
+      pending = false;
     };
 
     for (int32_t member = 0; member < plan.streams.members; ++member) {
       BoxWalk walk = walk_of(table, cut, group);
+      int32_t i = 0;
+      if (i < first) finish_pending();
 #pragma unroll 1
-      for (int32_t i = 0; i < boxes; ++i) {
-        const uint32_t at = own.base + 2 * i;
-        if (i < first || i >= last) {
-          own.pass_by(at);
-          continue;
-        }
-        visit(member, walk, at);
+      for (; i < first; ++i) own.pass_by(own.base + 2 * i);
+#pragma unroll 1
+      for (; i < last; ++i) {
+        visit(member, walk, own.base + 2 * i);
         walk.advance(table.length, box);
       }
+      if (i < boxes) finish_pending();
+#pragma unroll 1
+      for (; i < boxes; ++i) own.pass_by(own.base + 2 * i);
       own.base += 2 * boxes;
     }
+
+    finish_pending();
 
     own.barrier();  // all warps are done with these keys and values
     const int64_t row = table.batch * p.key_tokens() * p.key_heads + table.head;
