@@ -214,6 +214,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <class S>
 cudaError_t launch_shape(const BackwardPlan& plan, cudaStream_t stream) {
   static_assert(sizeof(DKeyShared<S>) <= kSharedMemory);
+  static_assert(S::kSlots >= 3);  // the queries of a box, and both blocks of the next
   return launch<S>(&dkey_dvalue_kernel<S>, sizeof(DKeyShared<S>), plan, stream);
 }
 

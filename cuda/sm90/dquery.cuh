@@ -212,6 +212,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <class S>
 cudaError_t launch_shape(const BackwardPlan& plan, cudaStream_t stream) {
   static_assert(sizeof(DQueryShared<S>) <= kSharedMemory);
+  static_assert(S::kSlots >= 4);  // the keys of a box, both blocks of the next, one to come
   return launch<S>(&dquery_kernel<S>, sizeof(DQueryShared<S>), plan, stream);
 }
 

@@ -263,6 +263,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <class S>
 cudaError_t launch_shape(const ForwardPlan& plan, cudaStream_t stream) {
   static_assert(sizeof(ForwardShared<S>) <= kSharedMemory);
+  static_assert(S::kSlots >= 3);  // the values of a box, the keys of the next, one to come
   return launch<S>(&forward_kernel<S>, sizeof(ForwardShared<S>), plan, stream);
 }
 

@@ -55,7 +55,6 @@ struct Shape {
   static constexpr int kFit =
       (kSharedMemory / kPipelines - kTables - kFixed) / Columns::kAllBytes;
   static constexpr int kSlots = kFit < 8 ? kFit : 8;
-  static_assert(kSlots >= 3, "the walk would stall");
 
   struct Pipeline {
     // Where results are put in the end.

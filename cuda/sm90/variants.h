@@ -12,7 +12,7 @@ struct Variant {
 
 // Entries of the tables of relative positional bias that a CTA holds at once: one table for
 // queries, one per head of the group for keys.
-constexpr int kLargestBias = 768;
+constexpr int kLargestBias = 512;
 
 template <int kDim>
 struct Forward;
