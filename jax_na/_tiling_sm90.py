@@ -29,7 +29,7 @@ MOST_SPANNED, LARGEST_DILATION = 256, 8
 
 #: Entries of the tables of bias that a CTA holds, one table for every head of columns that
 #: a head of rows has.
-LARGEST_BIAS = 768
+LARGEST_BIAS = 512
 
 # Of the device that plans are for, and what each of them holds of the portable kernels.
 _MULTIPROCESSORS = 132
