@@ -6,6 +6,7 @@ gaps count), for PyTorch likewise. On a CPU there is no such clock; see cpu.py t
 
 from __future__ import annotations
 
+import collections
 import glob
 import statistics
 import tempfile
@@ -26,8 +27,8 @@ def _median_of_equal_parts(durations: list[float], calls: int, name: str) -> flo
     return statistics.median(parts)
 
 
-def _jax_kernels(directory: str) -> Iterable[tuple[float, float]]:
-    """(start, duration) in nanoseconds of everything that ran on the GPU."""
+def _jax_kernels(directory: str) -> Iterable[tuple[float, float, str]]:
+    """(start, duration, name) of everything that ran on the GPU; nanoseconds."""
     (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
     for plane in jax.profiler.ProfileData.from_file(path).planes:
         if not plane.name.startswith("/device:GPU"):
@@ -35,13 +36,13 @@ def _jax_kernels(directory: str) -> Iterable[tuple[float, float]]:
         for line in plane.lines:
             if line.name.startswith("Stream"):
                 for event in line.events:
-                    yield event.start_ns, event.duration_ns
+                    yield event.start_ns, event.duration_ns, event.name
 
 
-def jax_milliseconds(
-    call: Callable[[], Any], calls: int = 20, warm_up: int = 3
-) -> float:
-    """Median device time of a jitted call without arguments."""
+def _trace(
+    call: Callable[[], Any], calls: int, warm_up: int
+) -> list[tuple[float, float, str]]:
+    """:func:`_jax_kernels` of that many calls, in order."""
     for _ in range(warm_up):
         jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as directory:
@@ -49,8 +50,28 @@ def jax_milliseconds(
         for _ in range(calls):
             jax.block_until_ready(call())
         jax.profiler.stop_trace()
-        kernels = sorted(_jax_kernels(directory))
-    return _median_of_equal_parts([d for _, d in kernels], calls, "jax") / 1e6
+        return sorted(_jax_kernels(directory))
+
+
+def jax_milliseconds(
+    call: Callable[[], Any], calls: int = 20, warm_up: int = 3
+) -> float:
+    """Median device time of a jitted call without arguments."""
+    durations = [duration for _, duration, _ in _trace(call, calls, warm_up)]
+    return _median_of_equal_parts(durations, calls, "jax") / 1e6
+
+
+def jax_milliseconds_by_kernel(
+    call: Callable[[], Any], calls: int = 10, warm_up: int = 2
+) -> dict[str, float]:
+    """The same of each of its kernels, by name."""
+    durations = collections.defaultdict(list)
+    for _, duration, name in _trace(call, calls, warm_up):
+        durations[name].append(duration)
+    return {
+        name: _median_of_equal_parts(own, calls, name) / 1e6
+        for name, own in durations.items()
+    }
 
 
 def torch_milliseconds(

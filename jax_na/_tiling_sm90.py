@@ -335,6 +335,40 @@ def imbalance(tiles: Any, at_once: int, copies: int | None) -> Any:
     return np.ceil(rounds) / rounds
 
 
+def best_tilings(
+    which: Pass,
+    kernel: Kernel,
+    axes: tuple[Axis, ...],
+    copies: int | None,
+    members: int = 1,
+    most: int = 1,
+) -> list[tuple[float, Tiling]]:
+    """The ``most`` cheapest boxes of a kernel, and their cycles; see :func:`plan`."""
+    longest = tuple(
+        min(-(-axis.length // axis.dilation), (MOST_SPANNED - 1) // axis.dilation + 1)
+        for axis in axes
+    )
+    row_boxes, column_boxes = _boxes(ROWS, longest), _boxes(kernel.columns, longest)
+    counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
+    counts[1:] *= members
+    cycles = which.cycles(kernel, *counts)
+    cycles = cycles * imbalance(counts[0], kernel.pipelines, copies)
+    # Of equals those with the longest last axis of column boxes come first.
+    order = np.argsort(cycles.T, axis=None, kind="stable")[:most]
+    return [
+        (
+            float(cycles[row, column]),
+            Tiling(
+                kernel,
+                tuple(map(int, row_boxes[row])),
+                tuple(map(int, column_boxes[column])),
+                *map(int, counts[:, row, column]),
+            ),
+        )
+        for column, row in zip(*np.unravel_index(order, cycles.T.shape), strict=True)
+    ]
+
+
 @functools.lru_cache(maxsize=1024)
 def plan(
     which: Pass,
@@ -352,27 +386,8 @@ def plan(
         copies: heads of rows of all samples, None where they are not known.
         members: heads of columns for every head of rows.
     """
-    longest = tuple(
-        min(-(-axis.length // axis.dilation), (MOST_SPANNED - 1) // axis.dilation + 1)
-        for axis in axes
+    best = (
+        best_tilings(which, kernel, axes, copies, members)[0]
+        for kernel in which.kernels[which.padded(channels)]
     )
-    row_boxes = _boxes(ROWS, longest)
-    best, least = None, math.inf
-    for kernel in which.kernels[which.padded(channels)]:
-        column_boxes = _boxes(kernel.columns, longest)
-        counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
-        counts[1:] *= members
-        cycles = which.cycles(kernel, *counts)
-        cycles = cycles * imbalance(counts[0], kernel.pipelines, copies)
-        # Of equals the longest last axis of column boxes.
-        column, row = np.unravel_index(np.argmin(cycles.T), cycles.T.shape)
-        if cycles[row, column] < least:
-            least = cycles[row, column]
-            best = Tiling(
-                kernel,
-                tuple(map(int, row_boxes[row])),
-                tuple(map(int, column_boxes[column])),
-                *map(int, counts[:, row, column]),
-            )
-    assert best is not None
-    return best
+    return min(best, key=lambda found: found[0])[1]

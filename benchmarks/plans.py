@@ -1,0 +1,252 @@
+"""Measures plans of the kernels for Hopper, and fits what the planner believes of them.
+
+    python benchmarks/plans.py measure plans.jsonl   # on a Hopper GPU
+    python benchmarks/plans.py fit plans.jsonl       # anywhere; needs SciPy
+
+``measure`` times the plans that the planner likes best of every compiled kernel, for each
+of the problems in ``plan_cases.json``, and appends a JSON line for each. ``fit`` prints the
+numbers of ``jax_na/_tiling_sm90.py`` that explain the times best, and how far from the best
+measured plan the plan is that the present numbers choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import cases
+import jax
+import numpy as np
+import timing
+
+import jax_na
+from jax_na import _lowering, _tiling_sm90
+from jax_na._tiling import Axis
+from jax_na._tiling_sm90 import DKEY_DVALUE, DQUERY, FORWARD, Pass, Tiling
+
+PASSES = {which.name: which for which in (FORWARD, DQUERY, DKEY_DVALUE)}
+
+#: Cycles of all multiprocessors of an H200 in a millisecond, at the clock that it keeps.
+CYCLES = 1.755e6 * 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One plan of one pass, and the milliseconds that its kernel took."""
+
+    name: str
+    case: cases.Case
+    tiling: Tiling
+    ms: float
+
+    @property
+    def which(self) -> Pass:
+        return PASSES[self.name]
+
+    @property
+    def copies(self) -> int:
+        return self.case.batch * self.case.heads
+
+    @property
+    def estimate(self) -> float:
+        """Milliseconds, by the planner."""
+        return self.which.cycles_of(self.tiling, self.copies) * self.copies / CYCLES
+
+    @property
+    def preference(self) -> Any:
+        """The planner takes the plan whose preference is least."""
+        boxes = (self.tiling.column_box, self.tiling.row_box)
+        return self.estimate, *(tuple(-n for n in reversed(box)) for box in boxes)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "case": self.case.name,
+                "pass": self.name,
+                "kernel": [self.tiling.kernel.columns, self.tiling.kernel.groups],
+                "row_box": self.tiling.row_box,
+                "column_box": self.tiling.column_box,
+                "ms": self.ms,
+            }
+        )
+
+
+def axes_of(case: cases.Case) -> tuple[Axis, ...]:
+    parameters = (case.shape, case.window, case.stride, case.dilation, case.is_causal)
+    return tuple(Axis(*axis) for axis in zip(*parameters, strict=True))
+
+
+def load(path: pathlib.Path, problems: Iterable[cases.Case]) -> list[Measurement]:
+    """Those of kernels that are still compiled."""
+    by_name = {case.name: case for case in problems}
+    found = []
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        case, which = by_name[entry["case"]], PASSES[entry["pass"]]
+        boxes = (tuple(entry["row_box"]), tuple(entry["column_box"]))
+        for kernel in which.kernels[which.padded(case.head_dim)]:
+            if [kernel.columns, kernel.groups] == entry["kernel"]:
+                axes = axes_of(case)
+                tiling = _tiling_sm90.count(axes, which.interval, kernel, *boxes)
+                found.append(Measurement(which.name, case, tiling, entry["ms"]))
+    return found
+
+
+# ---- Measuring -----------------------------------------------------------------------
+
+
+def candidates(which: Pass, case: cases.Case, per_kernel: int) -> list[Tiling]:
+    """The plans of every kernel that the planner likes best, and the first overall first."""
+    copies = case.batch * case.heads
+    best = [
+        found
+        for kernel in which.kernels[which.padded(case.head_dim)]
+        for found in _tiling_sm90.best_tilings(
+            which, kernel, axes_of(case), copies, most=per_kernel
+        )
+    ]
+    return [tiling for _, tiling in sorted(best, key=lambda found: found[0])]
+
+
+def _kernel_milliseconds(
+    case: cases.Case, tilings: dict[str, Tiling]
+) -> dict[str, float]:
+    """Of every pass, with these plans; those of the backward pass may be missing."""
+    make_plan = _lowering.make_plan
+
+    def with_tilings(*arguments: Any) -> Any:
+        plan = make_plan(*arguments)
+        assert plan is not None
+        backward = {name: t for name, t in tilings.items() if name != "forward"}
+        return dataclasses.replace(
+            plan,
+            hopper_forward={"forward": tilings["forward"]},
+            hopper_backward=backward or "not measured",
+        )
+
+    def attend(*arrays: jax.Array) -> jax.Array:
+        return jax_na.neighborhood_attention(
+            *arrays, implementation="fused", **case.window_arguments
+        )
+
+    query, key, value, cotangent = case.operands()
+
+    def step(*arrays: jax.Array) -> Any:
+        out, vjp = jax.vjp(attend, *arrays)
+        return out, vjp(cotangent) if len(tilings) > 1 else ()
+
+    with mock.patch.object(_lowering, "make_plan", with_tilings):
+        call = jax.jit(step).lower(query, key, value).compile()
+    by_name = timing.jax_milliseconds_by_kernel(lambda: call(query, key, value))
+    return {
+        name: sum(ms for kernel, ms in by_name.items() if f"{name}_kernel" in kernel)
+        for name in tilings
+    }
+
+
+def measure(case: cases.Case, per_kernel: int) -> Iterator[Measurement]:
+    passes = {
+        name: candidates(which, case, per_kernel)
+        for name, which in PASSES.items()
+        if case.head_dim <= max(which.kernels)
+    }
+    for index in range(max(map(len, passes.values()))):
+        # A pass with fewer plans goes on with its first.
+        tilings = {
+            name: plans[index if index < len(plans) else 0]
+            for name, plans in passes.items()
+        }
+        for name, ms in _kernel_milliseconds(case, tilings).items():
+            if index < len(passes[name]):
+                yield Measurement(name, case, tilings[name], ms)
+
+
+# ---- Fitting -------------------------------------------------------------------------
+
+
+def _terms(measurement: Measurement) -> dict[Any, float]:
+    """What the cycles per copy are a sum of, each times a number to be found."""
+    tiling = measurement.tiling
+    kernel = tiling.kernel
+    rounds = _tiling_sm90.imbalance(tiling.tiles, kernel.pipelines, measurement.copies)
+    dim = measurement.which.padded(measurement.case.head_dim)
+    return {
+        ("cycles", dim, kernel.columns, kernel.groups): rounds * tiling.visits,
+        ("mask",): rounds * tiling.masked_visits * kernel.columns,
+        ("tile",): rounds * tiling.tiles * kernel.groups,
+        ("skip",): rounds * (tiling.loads * kernel.groups - tiling.visits),
+    }
+
+
+def fit(measurements: list[Measurement]) -> dict[Any, float]:
+    """Numbers that make the relative errors of the estimates least; none is negative."""
+    from scipy.optimize import nnls
+
+    terms = [_terms(measurement) for measurement in measurements]
+    names = sorted({name for term in terms for name in term}, key=str)
+    matrix = np.array([[term.get(name, 0.0) for name in names] for term in terms])
+    cycles = np.array([m.ms * CYCLES / m.copies for m in measurements])
+    numbers, _ = nnls(matrix / cycles[:, None], np.ones(len(cycles)))
+    return dict(zip(names, numbers))
+
+
+def losses(measurements: Iterable[Measurement]) -> dict[tuple[str, str], float]:
+    """By pass and case: the time of the plan that the planner takes of those that were
+    measured, over that of the best of them, less 1."""
+    groups = collections.defaultdict(list)
+    for m in measurements:
+        groups[m.name, m.case.name].append(m)
+    return {
+        group: min(found, key=lambda m: m.preference).ms / min(m.ms for m in found) - 1
+        for group, found in groups.items()
+    }
+
+
+def report(measurements: list[Measurement]) -> None:
+    for name in PASSES:
+        own = [m for m in measurements if m.name == name]
+        if not own:
+            continue
+        print(f"{name}: {len(own)} plans")
+        for key, number in fit(own).items():
+            print("   ", *key, f"{number:.3g}")
+        errors = np.array([m.estimate / m.ms - 1 for m in own])
+        print(
+            f"    estimates of the planner are off by {np.sqrt(np.mean(errors**2)):.1%}"
+        )
+    found = losses(measurements)
+    for (name, case), loss in found.items():
+        print(f"{name:12} {case:40} {loss:6.1%} above the best plan")
+    close = sum(loss <= 0.05 for loss in found.values())
+    print(f"within 5% of the best plan: {close} of {len(found)}")
+
+
+def main() -> None:
+    here = pathlib.Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("measure", "fit"))
+    parser.add_argument("file", type=pathlib.Path, help="JSON lines")
+    parser.add_argument("--cases", default=here / "plan_cases.json", help="JSON list")
+    parser.add_argument("--only", nargs="*", default=[], help="names of cases")
+    parser.add_argument("--per-kernel", type=int, default=4, help="plans to measure")
+    arguments = parser.parse_args()
+    problems = cases.load(arguments.cases)
+    if arguments.command == "fit":
+        report(load(arguments.file, problems))
+        return
+    with arguments.file.open("a") as file:
+        for case in problems:
+            if arguments.only and case.name not in arguments.only:
+                continue
+            for measurement in measure(case, arguments.per_kernel):
+                print(measurement.to_json(), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()
