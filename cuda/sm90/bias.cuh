@@ -1,5 +1,5 @@
-// The relative positional bias: the index in a head's table is linear in the coordinates of row and
-// column, so that it is a sum of a part of the row, one of the column and one of the box.
+// The relative positional bias: the index in a head's table is linear in the coordinates of row
+// and column, so that it is a sum of a part of the row, one of the column and one of the box.
 #pragma once
 
 #include <cstdint>

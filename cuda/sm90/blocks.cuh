@@ -41,8 +41,8 @@ __device__ __forceinline__ void clear_rest(uint8_t* blocks, int count, int32_t u
   }
 }
 
-// Zeros for channels [dim, kDim) of a warpgroup's 64 rows, which hold those of the next head. All
-// threads of the warpgroup call it, and synchronise before they multiply.
+// Zeros for channels [dim, kDim) of a warpgroup's 64 rows, which hold those of the next head.
+// All threads of the warpgroup call it, and synchronise before they multiply.
 template <class Block>
 __device__ __forceinline__ void clear_padding(uint8_t* block, int32_t dim) {
   const int thread = threadIdx.x % kGroupThreads;
@@ -54,14 +54,15 @@ __device__ __forceinline__ void clear_padding(uint8_t* block, int32_t dim) {
   ptx::fence_async_proxy();
 }
 
-// Zeros for the columns of the box at hand that hang over the end of the union: where a frame ends
-// there, the array may hold anything beyond, and a weight of 0 does not silence NaN. As above.
-template <class Block, int kGroups>
-__device__ __forceinline__ void clear_overhang(uint8_t* block, const TileTable<kGroups>& table,
-                                               const BoxWalk& walk, const BoxOrder& box) {
+// Zeros for the columns of the box at hand that hang over the end of the union: where a frame
+// ends there, the array may hold anything beyond, and a weight of 0 does not silence NaN. As
+// above.
+template <class Block>
+__device__ __forceinline__ void clear_overhang(uint8_t* block, const BoxWalk& walk,
+                                               const BoxOrder& box) {
   const int thread = threadIdx.x % kGroupThreads;
-  const int32_t limit[kMaxRank] = {table.length[0] - walk.at[0], table.length[1] - walk.at[1],
-                                   table.length[2] - walk.at[2]};
+  const int32_t limit[kMaxRank] = {walk.length[0] - walk.at[0], walk.length[1] - walk.at[1],
+                                   walk.length[2] - walk.at[2]};
   for (int column = thread; column < box.size; column += kGroupThreads) {
     int32_t at[kMaxRank];
     box.point(column, at);

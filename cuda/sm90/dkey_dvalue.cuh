@@ -1,5 +1,5 @@
-// Gradients of keys and values on Hopper: rows are keys and values, columns the queries that see
-// them and their output gradients, of every head of a group.
+// Gradients of keys and values on Hopper: rows are keys and values, columns the queries that
+// see them and their output gradients, of every head of a group.
 //
 //   P^T = exp(scale K Q^T + bias - lse),  dV = P^T dO
 //   dS^T = P^T (V dO^T - delta),          dK = scale dS^T Q
@@ -61,7 +61,8 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
     const uint32_t values = ptx::shared_address(own.rows(stage, 1));
     view.read(table, cut);
     const int32_t boxes = uniform(table.boxes);
-    const int32_t first = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
+    const int32_t first = uniform(table.first_box[group]),
+                  last = uniform(table.last_box[group]);
     clear(dkey);
     clear(dvalue);
 
@@ -83,15 +84,14 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
       if (p.frame != nullptr) {  // what lies beyond the frame is no number
         products_wait<0>();
         pin(weights);
-        clear_overhang<Columns>(own.block(at), table, walk, box);
-        clear_overhang<Columns>(own.block(at + 1), table, walk, box);
+        clear_overhang<Columns>(own.block(at), walk, box);
+        clear_overhang<Columns>(own.block(at + 1), walk, box);
         own.barrier();
       }
       pin(dscores);
       products_begin();
       multiply_channels<T, Rows, Columns>(dscores, values, douts);
       products_commit();
-
 
       // ---- Weights ----
       const bool masked = S::kHasBias || box.size < kColumns || !view.all_see(walk, cut);
@@ -167,7 +167,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
 #pragma unroll 1
       for (; i < last; ++i) {
         visit(member, walk, own.base + 2 * i);
-        walk.advance(table.length, box);
+        walk.advance(box);
       }
       if (i < boxes) finish_pending();
 #pragma unroll 1

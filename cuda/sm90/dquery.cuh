@@ -67,7 +67,8 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
       delta[h] = empty ? 0 : static_cast<const float*>(plan.call.delta)[row];
     }
     const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
-    int32_t i = 0, next = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
+    int32_t i = 0, next = uniform(table.first_box[group]),
+            last = uniform(table.last_box[group]);
     BoxWalk walk = walk_of(table, cut, group);
     clear(dquery);
     bool pending = false;  // dS of a box is to be multiplied
@@ -92,7 +93,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
       float weights[kColumns / 2], dscores[kColumns / 2];
       own.wait(at);
       if (p.frame != nullptr && i < grid_boxes) {  // what lies beyond the frame is no number
-        clear_overhang<Columns>(own.block(at), table, walk, box);
+        clear_overhang<Columns>(own.block(at), walk, box);
         own.barrier();
       }
       pin(weights);
@@ -102,7 +103,8 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
       own.wait(at + 1);
       pin(dscores);
       products_begin();
-      multiply_channels<T, Rows, Columns>(dscores, douts, ptx::shared_address(own.block(at + 1)));
+      multiply_channels<T, Rows, Columns>(dscores, douts,
+                                          ptx::shared_address(own.block(at + 1)));
       products_commit();
       if constexpr (kPending) {
         add_keys();
@@ -129,11 +131,10 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
         if constexpr (S::kHasBias) {
           const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
                                             table.lo[2] + walk.at[2]};
-          add_bias(weights, scale, mask,
-                   own.pipeline.bias[stage], shared.bias, p, view,
+          add_bias(weights, scale, mask, own.pipeline.bias[stage], shared.bias, p, view,
                    box_at);
         }
-        walk.advance(table.length, box);
+        walk.advance(box);
       }
 #pragma unroll
       for (int e = 0; e < kColumns / 2; ++e) {
@@ -204,7 +205,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
   divide_labour<S>(
       [&](int pipeline, int32_t tile) {
-        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], tile, NoStatistics());
+        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline],
+                                   tile, NoStatistics());
       },
       [&](int consumer) { consume<S>(plan, shared, consumer); });
 }
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
 template <class S>
 cudaError_t launch_shape(const BackwardPlan& plan, cudaStream_t stream) {
   static_assert(sizeof(DQueryShared<S>) <= kSharedMemory);
-  static_assert(S::kSlots >= 4);  // the keys of a box, both blocks of the next, one to come
+  static_assert(S::kSlots >= 4);  // the keys of a box, both blocks of the next, one more
   return launch<S>(&dquery_kernel<S>, sizeof(DQueryShared<S>), plan, stream);
 }
 

@@ -2,7 +2,7 @@
 
 namespace jax_na::cuda::sm90 {
 
-template cudaError_t launch_dquery<__nv_bfloat16, 32>(const BackwardPlan&, const HopperTiling&,
-                                                      cudaStream_t);
+template cudaError_t launch_dquery<__nv_bfloat16, 32>(
+    const BackwardPlan&, const HopperTiling&, cudaStream_t);
 
 }  // namespace jax_na::cuda::sm90

@@ -129,7 +129,8 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
     }
     view.read(table, cut);
     const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
-    int32_t i = 0, next = uniform(table.first_box[group]), last = uniform(table.last_box[group]);
+    int32_t i = 0, next = uniform(table.first_box[group]),
+            last = uniform(table.last_box[group]);
     BoxWalk walk = walk_of(table, cut, group);
     // Box i: its scores, the values of the box before, its softmax.
     const auto visit = [&](int32_t i, auto has_pending) {
@@ -166,9 +167,8 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
         if constexpr (S::kHasBias) {
           const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
                                             table.lo[2] + walk.at[2]};
-          add_bias(scores, scale, view.mask(shared.sets, walk, cut),
-                   own.pipeline.bias[stage], shared.bias, p, view,
-                   box_at);
+          add_bias(scores, scale, view.mask(shared.sets, walk, cut), own.pipeline.bias[stage],
+                   shared.bias, p, view, box_at);
         } else if (box.size < kColumns || !view.all_see(walk, cut)) {
           hide<kColumns>(scores, view.mask(shared.sets, walk, cut));
         }
@@ -188,10 +188,10 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
       if (i >= grid_boxes) return;
       if (p.frame != nullptr) {  // what lies beyond the frame is no number
         own.wait(values);
-        clear_overhang<Columns>(own.block(values), table, walk, box);
+        clear_overhang<Columns>(own.block(values), walk, box);
         own.barrier();
       }
-      walk.advance(table.length, box);
+      walk.advance(box);
     };
 
     for (int run = 0; run < 2; ++run) {  // boxes in the grid, then those of additional keys
@@ -255,7 +255,8 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   __syncthreads();
   divide_labour<S>(
       [&](int pipeline, int32_t tile) {
-        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], tile, NoStatistics());
+        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline],
+                                   tile, NoStatistics());
       },
       [&](int consumer) { consume<S>(plan, shared, consumer); });
 }

@@ -2,6 +2,7 @@
 
 namespace jax_na::cuda::sm90 {
 
-template cudaError_t launch_forward<__nv_bfloat16, 256>(const ForwardPlan&, const HopperTiling&, cudaStream_t);
+template cudaError_t launch_forward<__nv_bfloat16, 256>(
+    const ForwardPlan&, const HopperTiling&, cudaStream_t);
 
 }  // namespace jax_na::cuda::sm90

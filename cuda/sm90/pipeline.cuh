@@ -1,11 +1,11 @@
 // The frame that all Hopper kernels share. A CTA has consumer warpgroups, which own boxes of
-// rows, and a producer warpgroup, whose warps bring those rows and then, box by box, the columns
-// that they see. CTAs stay and take one tile after the other.
+// rows, and a producer warpgroup, whose warps bring those rows and then, box by box, the
+// columns that they see. CTAs stay and take one tile after the other.
 //
 // Warpgroups either share the columns of neighbouring boxes of rows (`kGroups` of them), which
-// divides the traffic, or have pipelines of their own (`kPipelines`), which suits small windows.
-// Every visited box comes as two blocks, keys and values or queries and output gradients, in two
-// slots of the ring.
+// divides the traffic, or have pipelines of their own (`kPipelines`), which suits small
+// windows. Every visited box comes as two blocks, keys and values or queries and output
+// gradients, in two slots of the ring.
 #pragma once
 
 #include <iterator>
@@ -50,8 +50,8 @@ struct Shape {
   static constexpr int kFixed = kTiles * kGroups * kRowArrays * Rows::kAllBytes;
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
   // All else, at most.
-  static constexpr int kTables = kTiles * kBias * 4 + 3 * 1024 * kGroups + 1024 +
-                                 6 * 1024 / kPipelines;
+  static constexpr int kTables =
+      kTiles * kBias * 4 + 3 * 1024 * kGroups + 1024 + 6 * 1024 / kPipelines;
   static constexpr int kFit =
       (kSharedMemory / kPipelines - kTables - kFixed) / Columns::kAllBytes;
   static constexpr int kSlots = kFit < 8 ? kFit : 8;
@@ -124,8 +124,8 @@ __device__ __forceinline__ void produce(const Streams& streams, const Problem& p
         }
       }
     }
-    const auto copy_columns = [&](const CUtensorMap (&maps)[2], int32_t head,
-                                  const int32_t(&at)[kMaxRank]) {
+    const auto copy_columns = [&](const CUtensorMap(&maps)[2], int32_t head,
+                                  const int32_t (&at)[kMaxRank]) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const uint32_t slot = pipeline.ring.slot(position);
@@ -144,7 +144,7 @@ __device__ __forceinline__ void produce(const Streams& streams, const Problem& p
     };
     for (int32_t member = 0; member < streams.members; ++member) {
       const int32_t head = place.key_head * streams.members + member;
-      BoxWalk walk;
+      BoxWalk walk{{visits.length[0], visits.length[1], visits.length[2]}, {0, 0, 0}};
       for (int32_t i = 0; i < visits.grid_boxes; ++i) {
         int32_t at[kMaxRank];
 #pragma unroll
@@ -153,7 +153,7 @@ __device__ __forceinline__ void produce(const Streams& streams, const Problem& p
         }
         statistics.read(batch, head, at);
         copy_columns(streams.column, head, at);
-        walk.advance(visits.length, box);
+        walk.advance(box);
       }
       for (int32_t i = 0; i < visits.boxes - visits.grid_boxes; ++i) {
         const int32_t at[kMaxRank] = {0, 0, i * box.size};
@@ -225,13 +225,14 @@ __device__ __forceinline__ BoxWalk walk_of(const TileTable<kGroups>& table, cons
   BoxWalk walk;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
-    walk.at[a] = a == cut.group_axis ? table.first_at[group] : 0;
+    walk.length[a] = uniform(table.length[a]);
+    walk.at[a] = a == cut.group_axis ? uniform(table.first_at[group]) : 0;
   }
   return walk;
 }
 
-// Barriers and what no copy writes, which must not be taken for infinity. All threads; the caller
-// synchronises.
+// Barriers and what no copy writes, which must not be taken for infinity. All threads; the
+// caller synchronises.
 template <class S>
 __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipelines],
                                      const Cut& cut) {
@@ -248,9 +249,8 @@ __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipel
   for (auto& pipeline : pipelines) {
     clear_rest<typename S::Columns, S::kThreads>(pipeline.column[0], S::kSlots,
                                                  cut.columns.size);
-    clear_rest<typename S::Rows, S::kThreads>(pipeline.row[0][0][0],
-                                              S::kTiles * S::kRowArrays * S::kGroups,
-                                              cut.rows.size);
+    clear_rest<typename S::Rows, S::kThreads>(
+        pipeline.row[0][0][0], S::kTiles * S::kRowArrays * S::kGroups, cut.rows.size);
   }
   ptx::fence_async_proxy();
 }

@@ -1,4 +1,4 @@
-// The parameters of the Hopper kernels, and the functions that launch them, one per compiled unit.
+// The parameters of the Hopper kernels, and the functions that launch them, one per unit.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,8 +12,8 @@ namespace jax_na::cuda::sm90 {
 // What the producers of a launch bring.
 struct Streams {
   CUtensorMap row[2], column[2];
-  CUtensorMap list[2];       // of additional keys and values
-  int32_t dim[2];            // channels of a head in the first and in the second array
+  CUtensorMap list[2];  // of additional keys and values
+  int32_t dim[2];       // channels of a head in the first and in the second array
   Cut cut;
   Divisor group, key_heads;  // heads of rows per key head; key heads
   int32_t members;           // heads of columns per key head

@@ -54,11 +54,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 
 // ---- Tensor copies ---------------------------------------------------------------------
 
-// prefetch.tensormap
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
-}
-
 // cp.async.bulk.tensor.5d: a box from global to shared memory; completes on `barrier`. What
 // lies outside the tensor becomes zeros.
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier,
@@ -70,29 +65,6 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint6
       "l"(map), "r"(channel), "r"(at[2]), "r"(at[1]), "r"(at[0]), "r"(batch),
       "r"(shared_address(barrier))
       : "memory");
-}
-
-// cp.reduce.async.bulk.tensor.5d.add: adds a box of shared memory to global memory. No
-// coordinate may be negative; what lies past the end is dropped.
-__device__ __forceinline__ void add_box(const CUtensorMap* map, const void* from,
-                                        int32_t channel, const int32_t (&at)[3],
-                                        int32_t batch) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.bulk_group "
-      "[%0, {%1, %2, %3, %4, %5}], [%6];\n" ::"l"(map),
-      "r"(channel), "r"(at[2]), "r"(at[1]), "r"(at[0]), "r"(batch), "r"(shared_address(from))
-      : "memory");
-}
-
-// cp.async.bulk.commit_group
-__device__ __forceinline__ void commit_boxes() {
-  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
-}
-
-// cp.async.bulk.wait_group.read: at most `kPending` groups still read shared memory.
-template <int kPending>
-__device__ __forceinline__ void wait_boxes_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(kPending) : "memory");
 }
 
 // fence.proxy.async: ordinary accesses of shared memory before, those of the tensor cores and

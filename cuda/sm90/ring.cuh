@@ -1,6 +1,6 @@
-// Blocks of columns on their way from the copy engine to the consumers: a ring of slots in shared
-// memory, each with a barrier for "full" and one for "empty". Positions count all blocks that
-// ever went through the ring.
+// Blocks of columns on their way from the copy engine to the consumers: a ring of slots in
+// shared memory, each with a barrier for "full" and one for "empty". Positions count all blocks
+// that ever went through the ring.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,9 @@ template <int kSlots>
 struct Ring {
   uint64_t full[kSlots], empty[kSlots];
 
-  static __device__ __forceinline__ uint32_t slot(uint32_t position) { return position % kSlots; }
+  static __device__ __forceinline__ uint32_t slot(uint32_t position) {
+    return position % kSlots;
+  }
   static __device__ __forceinline__ uint32_t parity(uint32_t position) {
     return position / kSlots % 2;
   }

@@ -8,8 +8,8 @@
 
 namespace jax_na::cuda::sm90 {
 
-// Puts the rows of a product, multiplied by `factor`, into a block of the warpgroup's own, as T.
-// Only the rows of the warp are touched.
+// Puts the rows of a product, multiplied by `factor`, into a block of the warpgroup's own, as
+// T. Only the rows of the warp are touched.
 template <typename T, class Block, int kCount>
 __device__ __forceinline__ void put_rows(uint8_t* block, const float (&d)[kCount],
                                          const float (&factor)[2]) {
@@ -25,14 +25,14 @@ __device__ __forceinline__ void put_rows(uint8_t* block, const float (&d)[kCount
       const int at = 4 * (n + j / 2) + 2 * (j % 2);
       w[j] = pack<T>(d[at] * factor[j % 2], d[at + 1] * factor[j % 2]);
     }
-    ptx::store_matrices(ptx::shared_address(block) + Block::offset(row, n + lane / 16), w[0], w[1],
-                        w[2], w[3]);
+    ptx::store_matrices(ptx::shared_address(block) + Block::offset(row, n + lane / 16), w[0],
+                        w[1], w[2], w[3]);
   }
 }
 
-// Copies the first `dim` channels of the warp's rows from a block; `tokens` are of the
-// warpgroup's rows (see TileTable), those outside of the grid become zeros; `base` is element 0 of the head in the sample, `pitch` the elements from
-// token to token.
+// Copies the first `dim` channels of the warp's rows from a block; `tokens` are those of the
+// warpgroup's rows (see TileTable), of which the ones outside of the grid become zeros. `base`
+// is element 0 of the head in the sample, `pitch` the elements from token to token.
 template <typename T, class Block>
 __device__ __forceinline__ void store_rows(const uint8_t* block, const int32_t* tokens, T* base,
                                            int64_t pitch, int32_t dim) {
@@ -53,9 +53,10 @@ __device__ __forceinline__ void store_rows(const uint8_t* block, const int32_t* 
 
 // Both: `block` is the warpgroup's own.
 template <typename T, class Block, int kCount>
-__device__ __forceinline__ void store_product(const float (&d)[kCount], const float (&factor)[2],
-                                              uint8_t* block, const int32_t* tokens, T* base,
-                                              int64_t pitch, int32_t dim) {
+__device__ __forceinline__ void store_product(const float (&d)[kCount],
+                                              const float (&factor)[2], uint8_t* block,
+                                              const int32_t* tokens, T* base, int64_t pitch,
+                                              int32_t dim) {
   put_rows<T, Block>(block, d, factor);
   __syncwarp();
   store_rows<T, Block>(block, tokens, base, pitch, dim);

@@ -9,9 +9,9 @@
 
 namespace jax_na::cuda {
 
-// How a pass is cut. A CTA owns a box of at most 64 rows per warpgroup, `groups` of them next to
-// each other on the caller's first axis, and visits boxes of at most `columns` tokens. The kernel
-// is the one that was compiled for these groups and columns (see sm90/variants.h).
+// How a pass is cut. A pipeline owns a box of at most 64 rows per warpgroup, `groups` of them
+// next to each other on the caller's first axis, and visits boxes of at most `columns` tokens. The
+// kernel is the one that was compiled for these groups and columns (see variants.h).
 struct HopperTiling {
   int32_t row_box[kMaxRank];     // of a warpgroup
   int32_t column_box[kMaxRank];
@@ -19,9 +19,9 @@ struct HopperTiling {
   int32_t columns;
 };
 
-// Element types kF16 and kBF16; head_dim and value_dim multiples of 8 up to 256. Without sums in
-// shared order: results are bitwise equal in every run. cudaErrorInvalidValue where a problem or
-// a tiling is outside of what is compiled.
+// Element types kF16 and kBF16; head_dim and value_dim multiples of 8 up to 256; a bias table of
+// at most 512 entries. Results are bitwise equal in every run. cudaErrorInvalidValue where a
+// problem or a tiling is outside of what is compiled.
 cudaError_t forward_sm90(const ForwardCall& call, const HopperTiling& tiling,
                          cudaStream_t stream);
 
@@ -30,8 +30,9 @@ struct HopperBackwardTiling {
   HopperTiling dkey_dvalue;  // rows are keys, columns queries
 };
 
-// dquery, dkey and dvalue, in gather form and without workspace; head dimensions up to 128. The
-// other gradients of the call are left alone.
+// dquery, dkey and dvalue, in gather form and without workspace; head dimensions up to 128, and
+// the bias tables of all heads of a group at most 512 entries. The other gradients of the call
+// are left alone.
 cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& tiling,
                           cudaStream_t stream);
 

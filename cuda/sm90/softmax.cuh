@@ -12,8 +12,9 @@ using fused::kInfinity;
 using fused::kLn2;
 using fused::kLog2E;
 
-// Weights are powers of two relative to a reference that follows the largest score only when that
-// has grown by more than kSlack: weights stay below 2^kSlack, and sums seldom need rescaling.
+// Weights are powers of two relative to a reference that follows the largest score only when
+// that has grown by more than kSlack: weights stay below 2^kSlack, and sums seldom need
+// rescaling.
 struct OnlineSoftmax {
   static constexpr float kSlack = 8;
   static constexpr float kLowest = std::numeric_limits<float>::lowest();

@@ -1,4 +1,5 @@
-// lse and delta of the queries of a box, which the gradients of keys and values need per column.
+// lse and delta of the queries of a box, which the gradients of keys and values need per
+// column.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,8 @@ struct StatisticsReader {
   }
 
   // Starts to read those of the box whose first column is local query `at`.
-  __device__ __forceinline__ void read(int32_t batch, int32_t head, const int32_t (&at)[kMaxRank]) {
+  __device__ __forceinline__ void read(int32_t batch, int32_t head,
+                                       const int32_t (&at)[kMaxRank]) {
     const Problem& p = call.problem;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {

@@ -68,7 +68,8 @@ cudaError_t make_query_streams(const Problem& p, const HopperTiling& tiling,
                                const TokenPair& queries, const Inputs& in, Streams* streams) {
   const Grid rows{p.query_grid, p.heads, {queries.first, queries.second}};
   const Grid columns{p.key_grid, p.key_heads, {in.key, in.value}};
-  const cudaError_t status = make_streams(p, tiling, rows, columns, in.bias != nullptr, streams);
+  const cudaError_t status =
+      make_streams(p, tiling, rows, columns, in.bias != nullptr, streams);
   if (status != cudaSuccess || p.additional == 0) return status;
   const int32_t list[kMaxRank] = {1, 1, p.additional};
   const void* const arrays[2] = {in.additional_key, in.additional_value};

@@ -31,8 +31,8 @@ struct TypeAndDim {
   static constexpr int kDim = kPaddedDim;
 };
 
-// Calls launch(TypeAndDim) for the element type and padded head dimension of a problem, of those
-// up to kLargest.
+// Calls launch(TypeAndDim) for the element type and padded head dimension of a problem, of
+// those up to kLargest.
 template <int kLargest, class Launch>
 cudaError_t with_type_and_dim(const Problem& p, const Launch& launch) {
   const auto with_type = [&](auto type) -> cudaError_t {
@@ -57,7 +57,8 @@ cudaError_t with_type_and_dim(const Problem& p, const Launch& launch) {
     }
     return cudaErrorInvalidValue;
   };
-  return p.element_type == ElementType::kBF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
+  return p.element_type == ElementType::kBF16 ? with_type(__nv_bfloat16{})
+                                              : with_type(__half{});
 }
 
 }  // namespace jax_na::cuda::sm90

@@ -32,7 +32,8 @@ cudaError_t make_tensor_maps(const Problem& p, const int32_t (&grid)[kMaxRank], 
   cuuint32_t extent[5], stride[5];
   for (int k = 0; k < 2; ++k) {
     if (arrays[k] == nullptr) continue;
-    const cuuint64_t channels = static_cast<cuuint64_t>(heads) * (k == 0 ? p.head_dim : p.value_dim);
+    const cuuint64_t channels =
+        static_cast<cuuint64_t>(heads) * (k == 0 ? p.head_dim : p.value_dim);
     size[0] = channels;
     extent[0] = box.channels;
     stride[0] = 1;

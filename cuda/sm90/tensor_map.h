@@ -17,7 +17,9 @@ struct TokenBox {
 };
 
 // Channels that one copy brings: rows of 128 bytes, or of 64 where those would not fit.
-inline int32_t channels_of_block(int padded_dim) { return padded_dim % 64 == 0 ? 64 : 32; }
+inline int32_t channels_of_block(int padded_dim) {
+  return padded_dim % 64 == 0 ? 64 : 32;
+}
 
 // Maps of two arrays over one grid, with head_dim and value_dim channels; null arrays and empty
 // grids are passed over. cudaErrorInvalidValue where the copy engine cannot fetch such boxes.

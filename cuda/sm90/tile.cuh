@@ -1,9 +1,9 @@
 // What a CTA of the Hopper kernels owns and visits, beyond cuda/fused/geometry.cuh.
 //
-// A CTA owns one box of rows per consumer warpgroup, next to each other on the *group axis*, the
-// caller's first. It walks over boxes of columns that begin where the union of all its intervals
-// begins, last axis fastest, and then over the additional keys. Because the group axis is the
-// slowest, a warpgroup sees a contiguous run of the boxes.
+// A CTA owns one box of rows per consumer warpgroup, next to each other on the *group axis*,
+// the caller's first. It walks over boxes of columns that begin where the union of all its
+// intervals begins, last axis fastest, and then over the additional keys. Because the group
+// axis is the slowest, a warpgroup sees a contiguous run of the boxes.
 #pragma once
 
 #include <cstdint>
@@ -31,13 +31,15 @@ constexpr int kWarpRows = kGroupRows / kGroupWarps;
 constexpr int32_t kEverything = 1 << 28;  // beyond every relative class index
 
 // Tells the compiler that a value is the same in all lanes.
-__device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(kFullWarp, x, 0); }
+__device__ __forceinline__ int32_t uniform(int32_t x) {
+  return __shfl_sync(kFullWarp, x, 0);
+}
 
 // How the rows of a launch are cut, and the boxes that they visit.
 struct Cut {
-  TileGrid ctas;      // tiles of all warpgroups of a CTA together
-  BoxOrder rows;      // of one warpgroup
-  BoxOrder columns;   // of a box
+  TileGrid ctas;     // tiles of all warpgroups of a CTA together
+  BoxOrder rows;     // of one warpgroup
+  BoxOrder columns;  // of a box
   Divisor column_extent[kMaxRank];
   int32_t group_axis;
 };
@@ -59,9 +61,9 @@ struct TileTable {
   // What the coordinates of axis 0, then 1, then 2 see, counted from the start of the union.
   // Those without a row in the grid see everything: what they get is not stored.
   Seen seen[kEntries];
-  int32_t lo[kMaxRank];         // first relative class index of the union
-  int32_t length[kMaxRank];     // of the union, in class steps
-  int32_t grid_boxes, boxes;    // without and with those of additional keys
+  int32_t lo[kMaxRank];                           // first relative class index of the union
+  int32_t length[kMaxRank];                       // of the union, in class steps
+  int32_t grid_boxes, boxes;                      // without and with those of additional keys
   int32_t first_box[kGroups], last_box[kGroups];  // the run that a warpgroup sees, half-open
   int32_t first_at[kGroups];  // where the run begins on the group axis, from the union's start
 };
@@ -79,7 +81,7 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
                                              const Cut& cut, const TilePlace& place) {
   using S = Sides<kRowsAre>;
   const int lane = threadIdx.x % kWarpLanes;
-  const int32_t(&first)[kMaxRank] = place.first;
+  const int32_t (&first)[kMaxRank] = place.first;
   const int axis_0 = cut.group_axis;  // a lane's axis relative to it is -1 or more
   const auto entries = [&](int a) { return cut.rows.extent[a] * (a == axis_0 ? kGroups : 1); };
   const int32_t end_0 = entries(0), end_1 = end_0 + entries(1), end_2 = end_1 + entries(2);
@@ -126,7 +128,9 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
     int32_t low = kNoLo, high = kNoHi;
 #pragma unroll
     for (int u = 0; u < kUnions; ++u) {
-      const int axis = u < kGroups ? axis_0 : u - kGroups < axis_0 ? u - kGroups : u - kGroups + 1;
+      const int axis = u < kGroups            ? axis_0
+                       : u - kGroups < axis_0 ? u - kGroups
+                                              : u - kGroups + 1;
       low = axis == a ? min(low, lo[u]) : low;
       high = axis == a ? max(high, hi[u]) : high;
     }
@@ -194,12 +198,12 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
   return visits;
 }
 
-// Position of a walk over the boxes of a tile, in class steps from the start of the union.
+// A walk over the boxes of a tile, in class steps from the start of the union.
 struct BoxWalk {
-  int32_t at[kMaxRank] = {0, 0, 0};
+  int32_t length[kMaxRank];
+  int32_t at[kMaxRank];
 
-  __device__ __forceinline__ void advance(const int32_t (&length)[kMaxRank],
-                                          const BoxOrder& box) {
+  __device__ __forceinline__ void advance(const BoxOrder& box) {
     at[2] += box.extent[2];
     if (at[2] < length[2]) return;
     at[2] = 0;
@@ -248,9 +252,7 @@ struct ColumnSets {
   uint32_t below[kEntries][kWords][4];
 
   static __device__ __forceinline__ int entry(const BoxOrder& box, int axis) {
-    return axis == 0 ? 0
-           : axis == 1 ? box.extent[0] + 1
-                       : box.extent[0] + box.extent[1] + 2;
+    return axis == 0 ? 0 : axis == 1 ? box.extent[0] + 1 : box.extent[0] + box.extent[1] + 2;
   }
 
   // To be called by all `warps` warps of a CTA.
@@ -280,8 +282,8 @@ struct ColumnSets {
     const int l = max(0, min(lo, extent)), r = max(l, min(hi, extent));
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      mask->bits[h][w] &= below[begin + r][w][threadIdx.x % 4] &
-                          ~below[begin + l][w][threadIdx.x % 4];
+      mask->bits[h][w] &=
+          below[begin + r][w][threadIdx.x % 4] & ~below[begin + l][w][threadIdx.x % 4];
     }
   }
 };
@@ -291,7 +293,7 @@ struct RowView {
   int32_t point[2][kMaxRank];  // in the boxes of the CTA; does not change
   int32_t entry[2][kMaxRank];  // of what they see in a table; likewise
   Seen seen[2][kMaxRank];
-  Seen common[kMaxRank];       // what all rows of the warp see
+  Seen common[kMaxRank];  // what all rows of the warp see
 
   template <int kGroups>
   __device__ __forceinline__ void place(const Cut& cut, int group) {
@@ -299,7 +301,8 @@ struct RowView {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp * kWarpRows + threadIdx.x % kWarpLanes / 4 + 8 * h;
-      cut.rows.point(min(row, cut.rows.size - 1), point[h]);  // a row too many sees what the last does
+      // A row too many sees what the last one does.
+      cut.rows.point(min(row, cut.rows.size - 1), point[h]);
       int32_t begin = 0;
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {

@@ -18,12 +18,11 @@ template <int kDim>
 struct Forward;
 template <>
 struct Forward<32> {
-  static constexpr Variant kList[] = {{64, 1, 4}, {96, 1, 3}, {112, 1, 3}};
+  static constexpr Variant kList[] = {{64, 1, 4}, {112, 1, 3}};
 };
 template <>
 struct Forward<64> {
-  static constexpr Variant kList[] = {
-      {64, 1, 3}, {80, 1, 3}, {96, 1, 3}, {112, 1, 3}, {128, 2, 1}};
+  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 3}, {96, 1, 3}, {112, 1, 3}};
 };
 template <>
 struct Forward<96> {
@@ -31,7 +30,7 @@ struct Forward<96> {
 };
 template <>
 struct Forward<128> {
-  static constexpr Variant kList[] = {{64, 3, 1}, {80, 2, 1}, {128, 2, 1}, {144, 2, 1}};
+  static constexpr Variant kList[] = {{80, 2, 1}, {128, 2, 1}, {144, 2, 1}};
 };
 template <>
 struct Forward<192> {
@@ -46,11 +45,11 @@ template <int kDim>
 struct DQuery;
 template <>
 struct DQuery<32> {
-  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 3}, {96, 1, 2}};
+  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 3}};
 };
 template <>
 struct DQuery<64> {
-  static constexpr Variant kList[] = {{64, 1, 3}, {80, 1, 2}, {96, 1, 2}};
+  static constexpr Variant kList[] = {{80, 1, 2}, {96, 1, 2}};
 };
 template <>
 struct DQuery<96> {
@@ -58,18 +57,18 @@ struct DQuery<96> {
 };
 template <>
 struct DQuery<128> {
-  static constexpr Variant kList[] = {{64, 2, 1}, {80, 2, 1}};
+  static constexpr Variant kList[] = {{64, 2, 1}};
 };
 
 template <int kDim>
 struct DKey;
 template <>
 struct DKey<32> {
-  static constexpr Variant kList[] = {{64, 1, 3}, {96, 1, 2}};
+  static constexpr Variant kList[] = {{64, 1, 3}};
 };
 template <>
 struct DKey<64> {
-  static constexpr Variant kList[] = {{48, 1, 3}, {64, 1, 2}, {80, 1, 2}};
+  static constexpr Variant kList[] = {{48, 1, 3}, {80, 1, 2}};
 };
 template <>
 struct DKey<96> {
@@ -77,7 +76,7 @@ struct DKey<96> {
 };
 template <>
 struct DKey<128> {
-  static constexpr Variant kList[] = {{48, 2, 1}, {64, 2, 1}};
+  static constexpr Variant kList[] = {{64, 2, 1}};
 };
 
 // Head and value dimensions are padded to one of these; 0 where they are too large.

@@ -1,5 +1,6 @@
 // Warpgroup products, wgmma.mma_async: d += a b with d of 64 rows in registers, b and, if one
-// likes, a in shared memory as tensor copies leave it. One instruction has 16 as inner dimension.
+// likes, a in shared memory as tensor copies leave it. The inner dimension of an instruction is
+// 16.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -195,7 +196,8 @@ __device__ __forceinline__ void multiply_channels(float (&d)[B::kRows / 2], uint
 #pragma unroll
   for (int k = 0; k < A::kDim / 16; ++k) {
     Product<B::kRows>::template add<T, false, false>(
-        d, A::by_channels(a) + A::channel_step(k), B::by_channels(b) + B::channel_step(k), k > 0);
+        d, A::by_channels(a) + A::channel_step(k), B::by_channels(b) + B::channel_step(k),
+        k > 0);
   }
 }
 
