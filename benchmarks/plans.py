@@ -102,7 +102,7 @@ def load(path: pathlib.Path, problems: Iterable[cases.Case]) -> list[Measurement
 
 
 def candidates(which: Pass, case: cases.Case, per_kernel: int) -> list[Tiling]:
-    """The plans of every kernel that the planner likes best, and the first overall first."""
+    """The plans of every kernel that the planner likes best; best first."""
     copies = case.batch * case.heads
     best = [
         found

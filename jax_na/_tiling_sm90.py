@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import numpy as np
@@ -128,17 +127,15 @@ FORWARD = Pass(
     False,
     Costs(mask=2.6, tile=1480, skip=610),
     {
-        32: (Kernel(64, 1, 4, 420), Kernel(96, 1, 3, 600), Kernel(112, 1, 3, 700)),
+        32: (Kernel(64, 1, 4, 420), Kernel(112, 1, 3, 700)),
         64: (
             Kernel(64, 1, 3, 640),
             Kernel(80, 1, 3, 730),
             Kernel(96, 1, 3, 850),
             Kernel(112, 1, 3, 940),
-            Kernel(128, 2, 1, 1230),
         ),
         96: (Kernel(80, 2, 1, 910), Kernel(128, 2, 1, 1410)),
         128: (
-            Kernel(64, 3, 1, 840),
             Kernel(80, 2, 1, 1100),
             Kernel(128, 2, 1, 1590),
             Kernel(144, 2, 1, 1860),
@@ -154,10 +151,10 @@ DQUERY = Pass(
     False,
     Costs(mask=3.3, tile=1470, skip=310),
     {
-        32: (Kernel(64, 1, 3, 460), Kernel(80, 1, 3, 470), Kernel(96, 1, 2, 780)),
-        64: (Kernel(64, 1, 3, 750), Kernel(80, 1, 2, 880), Kernel(96, 1, 2, 980)),
+        32: (Kernel(64, 1, 3, 460), Kernel(80, 1, 3, 470)),
+        64: (Kernel(80, 1, 2, 880), Kernel(96, 1, 2, 980)),
         96: (Kernel(64, 2, 1, 1030),),
-        128: (Kernel(64, 2, 1, 1320), Kernel(80, 2, 1, 1770)),
+        128: (Kernel(64, 2, 1, 1320),),
     },
     {32: 820, 64: 1020, 96: 1540, 128: 2060},
 )
@@ -167,10 +164,10 @@ DKEY_DVALUE = Pass(
     True,
     Costs(mask=5.6, tile=690, skip=0),
     {
-        32: (Kernel(64, 1, 3, 660), Kernel(96, 1, 2, 1150)),
-        64: (Kernel(48, 1, 3, 780), Kernel(64, 1, 2, 1090), Kernel(80, 1, 2, 1360)),
+        32: (Kernel(64, 1, 3, 660),),
+        64: (Kernel(48, 1, 3, 780), Kernel(80, 1, 2, 1360)),
         96: (Kernel(64, 2, 1, 1360),),
-        128: (Kernel(48, 2, 1, 1350), Kernel(64, 2, 1, 1630)),
+        128: (Kernel(64, 2, 1, 1630),),
     },
     {32: 1200, 64: 1500, 96: 2250, 128: 3010},
 )
