@@ -92,7 +92,8 @@ def make_plan(
         return None
     variant = _tiling.variant_of(_channels(operands), operands.query.dtype.itemsize)
     model = _tiling.CostModel(wide=variant.wide)
-    queries, keys = _axes(problem, operands.query), _axes(problem, operands.key)
+    query, key = operands.query, operands.key
+    queries, keys = _axes(problem, query, key), _axes(problem, key, query)
     forward = _tiling.plan_rows_are_queries(queries, variant.forward, model)
     dquery = _tiling.plan_rows_are_queries(queries, variant.dquery, model)
     dkey = _tiling.plan_rows_are_keys(keys, variant.dkey, model)
@@ -140,8 +141,10 @@ def _hopper_tilings(
         return refusal
     tilings, own_cycles, portable_cycles = {}, 0.0, 0.0
     for which, other in portable.items():
-        rows, members = (key, group) if which.rows_are_keys else (query, 1)
-        axes, copies = _axes(problem, rows), _copies(problem, rows)
+        rows, columns, members = query, key, 1
+        if which.rows_are_keys:
+            rows, columns, members = key, query, group
+        axes, copies = _axes(problem, rows, columns), _copies(problem, rows)
         tiling = _tiling_sm90.plan(which, channels, axes, copies, members)
         tilings[which.name] = tiling
         own_cycles += which.cycles_of(tiling, copies) / members
@@ -194,16 +197,20 @@ def _channels(operands: Operands) -> int:
     return max(operands.query.shape[-1], operands.value.shape[-1])
 
 
-def _axes(problem: Problem, array: Any) -> tuple[_tiling.Axis, ...]:
-    """The grid of ``array``; where a frame moves windows, the plan is the whole grid's."""
+def _axes(problem: Problem, rows: Any, columns: Any) -> tuple[_tiling.Axis, ...]:
+    """The grid; that of a frame is known when the program runs, and at least the arrays."""
+    grid = slice(-problem.rank - 2, -2)
     return tuple(
-        _tiling.Axis(*parameters)
-        for parameters in zip(
-            array.shape[-problem.rank - 2 : -2],
-            problem.kernel_size,
-            problem.stride,
-            problem.dilation,
-            problem.is_causal,
+        _tiling.Axis(max(lengths), *window, *lengths)
+        for lengths, window in zip(
+            zip(rows.shape[grid], columns.shape[grid], strict=True),
+            zip(
+                problem.kernel_size,
+                problem.stride,
+                problem.dilation,
+                problem.is_causal,
+                strict=True,
+            ),
             strict=True,
         )
     )

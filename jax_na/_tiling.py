@@ -68,13 +68,28 @@ Interval: TypeAlias = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One axis as the planner sees it, without a frame."""
+    """One axis as the planner sees it, without a frame.
+
+    Attributes:
+        length: of the grid.
+        kernel_size, stride, dilation, is_causal: of the window.
+        rows, columns: lengths of the arrays where they are pieces of the grid.
+    """
 
     length: int
     kernel_size: int
     stride: int
     dilation: int
     is_causal: bool
+    rows: int | None = None
+    columns: int | None = None
+
+    @property
+    def longest_box(self) -> tuple[int, int]:
+        """Extents, in class steps, that no box of rows or of columns need exceed."""
+        rows = self.length if self.rows is None else self.rows
+        columns = self.length if self.columns is None else self.columns
+        return -(-rows // self.dilation), -(-columns // self.dilation)
 
 
 def format_box(extents: tuple[int, ...]) -> str:
@@ -242,12 +257,12 @@ def _search(
     shapes: tuple[Shape, ...],
     model: CostModel,
 ) -> Tiling:
-    longest = tuple(-(-axis.length // axis.dilation) for axis in axes)
+    row_limits, column_limits = zip(*(axis.longest_box for axis in axes), strict=True)
     candidates = (
         count(axes, interval, row_tile, column_box, rows, columns)
         for rows, columns in shapes
-        for row_tile in divisions(rows, longest)
-        for column_box in divisions(columns, longest)
+        for row_tile in divisions(rows, row_limits)
+        for column_box in divisions(columns, column_limits)
     )
     # The order of the candidates settles ties: fewer rows, longer last axes.
     return min(candidates, key=model.cost)

@@ -341,11 +341,13 @@ def best_tilings(
     most: int = 1,
 ) -> list[tuple[float, Tiling]]:
     """The ``most`` cheapest boxes of a kernel, and their cycles; see :func:`plan`."""
-    longest = tuple(
-        min(-(-axis.length // axis.dilation), (MOST_SPANNED - 1) // axis.dilation + 1)
-        for axis in axes
+    spanned = [(MOST_SPANNED - 1) // axis.dilation + 1 for axis in axes]
+    row_boxes, column_boxes = (
+        _boxes(tokens, tuple(map(min, spanned, longest)))
+        for tokens, longest in zip(
+            (ROWS, kernel.columns), zip(*(axis.longest_box for axis in axes))
+        )
     )
-    row_boxes, column_boxes = _boxes(ROWS, longest), _boxes(kernel.columns, longest)
     counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
     counts[1:] *= members
     cycles = which.cycles(kernel, *counts)

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jax_na
 from jax_na import _ops, _plan, _reference, _tiling, _window
 
 
@@ -174,6 +176,23 @@ def test_known_plans() -> None:
     tiling = _tiling.plan_rows_are_queries(axes, ((64, 64), (128, 64)))
     assert tiling.masked_boxes == 0
     assert tiling.visited_pairs == math.prod(a.length * a.kernel_size for a in axes)
+
+
+@pytest.mark.usefixtures("every_kernel")
+def test_pieces_of_a_grid() -> None:
+    """A query beside a cache of keys: boxes of columns are those of a long grid."""
+    query = jax.ShapeDtypeStruct((2, 1, 4, 64), "bfloat16")
+    cache = jax.ShapeDtypeStruct((2, 4096, 4, 64), "bfloat16")
+    frame = jax_na.Frame(jnp.array([5000]), query_origin=jnp.array([3000]))
+    plan = jax_na.explain(
+        query, cache, cache, (512,), is_causal=True, frame=frame, platform="cuda"
+    ).plan
+    assert plan is not None and not isinstance(plan.hopper_forward, str)
+    assert plan.forward.row_tile == plan.dkey.column_box == (1,)
+    assert plan.forward.column_box == plan.dkey.row_tile == (64,)
+    tiling = plan.hopper_forward["forward"]
+    assert tiling.row_box == (1,)
+    assert tiling.column_box == (tiling.kernel.columns,)
 
 
 def test_kernels_without_a_plan() -> None:

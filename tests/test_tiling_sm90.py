@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 import re
@@ -30,7 +31,8 @@ from jax_na._tiling_sm90 import (
     Tiling,
 )
 
-SOURCES = Path(__file__).parents[1] / "cuda" / "sm90"
+ROOT = Path(__file__).parents[1]
+SOURCES, BENCHMARKS = ROOT / "cuda" / "sm90", ROOT / "benchmarks"
 
 
 # ---- Counts --------------------------------------------------------------------------
@@ -288,6 +290,18 @@ def test_tiers_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     force_tier(monkeypatch, "hopper")
     assert portable(dilation=8) == [False, False]
     assert portable(dilation=9) == [True, True]
+
+
+def test_choice_among_measured_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``benchmarks/plans.py`` measured: the estimates order plans well enough."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    plans = importlib.import_module("plans")
+    problems = plans.cases.load(BENCHMARKS / "plan_cases.json")
+    measurements = plans.load(BENCHMARKS / "plans_h200.jsonl", problems)
+    losses = list(plans.losses(measurements).values())
+    assert len(losses) >= 27
+    assert np.mean(np.array(losses) <= 0.05) >= 0.9
+    assert max(losses) <= 0.15
 
 
 # ---- The other side ------------------------------------------------------------------
