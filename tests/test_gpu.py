@@ -142,8 +142,11 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = make_plan(*arguments)
         assert plan is not None
         boxes = dataclasses.replace(plan.forward, row_tile=(12, 100))
-        refusal = "not in this test"
-        return dataclasses.replace(plan, forward=boxes, hopper_forward=refusal)
+        hopper = plan.hopper_forward
+        if not isinstance(hopper, str):
+            tiling = dataclasses.replace(hopper["forward"], row_box=(12, 100))
+            hopper = {"forward": tiling}
+        return dataclasses.replace(plan, forward=boxes, hopper_forward=hopper)
 
     arrays = _tokens(0)
 
