@@ -60,7 +60,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
     const uint32_t keys = ptx::shared_address(own.rows(stage, 0));
     const uint32_t values = ptx::shared_address(own.rows(stage, 1));
     view.read(table, cut);
-    const int32_t boxes = uniform(table.boxes);
+    const int32_t boxes = uniform(table.visits.boxes);
     const int32_t first = uniform(table.first_box[group]),
                   last = uniform(table.last_box[group]);
     clear(dkey);
@@ -203,8 +203,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
-      [&](int pipeline, int32_t tile) {
-        produce<S, Side::kKeys>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], tile,
+      [&](int warp) {
+        const int pipeline = warp % S::kPipelines;
+        produce<S, Side::kKeys>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], warp,
                                 StatisticsReader<S::kColumns>(plan.call, streams.cut.columns,
                                                               shared.statistics[pipeline]));
       },

@@ -66,7 +66,8 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
       lse[h] = empty ? kInfinity : natural * kLog2E;
       delta[h] = empty ? 0 : static_cast<const float*>(plan.call.delta)[row];
     }
-    const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
+    const int32_t boxes = uniform(table.visits.boxes),
+                  grid_boxes = uniform(table.visits.grid_boxes);
     int32_t i = 0, next = uniform(table.first_box[group]),
             last = uniform(table.last_box[group]);
     BoxWalk walk = walk_of(table, cut, group);
@@ -204,9 +205,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
-      [&](int pipeline, int32_t tile) {
-        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline],
-                                   tile, NoStatistics());
+      [&](int warp) {
+        produce<S, Side::kQueries>(streams, p, plan.call.in.bias,
+                                   shared.pipeline[warp % S::kPipelines], warp, NoStatistics());
       },
       [&](int consumer) { consume<S>(plan, shared, consumer); });
 }

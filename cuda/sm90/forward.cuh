@@ -128,7 +128,8 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
       own.barrier();
     }
     view.read(table, cut);
-    const int32_t boxes = uniform(table.boxes), grid_boxes = uniform(table.grid_boxes);
+    const int32_t boxes = uniform(table.visits.boxes),
+                  grid_boxes = uniform(table.visits.grid_boxes);
     int32_t i = 0, next = uniform(table.first_box[group]),
             last = uniform(table.last_box[group]);
     BoxWalk walk = walk_of(table, cut, group);
@@ -254,9 +255,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
-      [&](int pipeline, int32_t tile) {
-        produce<S, Side::kQueries>(streams, p, plan.call.in.bias, shared.pipeline[pipeline],
-                                   tile, NoStatistics());
+      [&](int warp) {
+        produce<S, Side::kQueries>(streams, p, plan.call.in.bias,
+                                   shared.pipeline[warp % S::kPipelines], warp, NoStatistics());
       },
       [&](int consumer) { consume<S>(plan, shared, consumer); });
 }

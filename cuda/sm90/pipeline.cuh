@@ -46,6 +46,7 @@ struct Shape {
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
+  static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
   static constexpr int kTiles = 2;  // of which rows and tables are there at once
   static constexpr int kFixed = kTiles * kGroups * kRowArrays * Rows::kAllBytes;
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
@@ -75,97 +76,160 @@ struct NoStatistics {
   __device__ __forceinline__ void put(uint32_t) {}
 };
 
-template <class S, Side kRowsAre, class Statistics>
-__device__ __forceinline__ void produce(const Streams& streams, const Problem& p,
-                                        const void* bias, typename S::Pipeline& pipeline,
-                                        int32_t tile, Statistics statistics) {
+// Fills the table of a tile and starts the copies of its rows.
+template <class S, Side kRowsAre>
+__device__ __forceinline__ Visits bring_rows(const Streams& streams, const Problem& p,
+                                             const void* bias, typename S::Pipeline& pipeline,
+                                             const TilePlace& place, uint32_t stage) {
   using Rows = typename S::Rows;
-  using Columns = typename S::Columns;
   const Cut& cut = streams.cut;
-  const BoxOrder& box = cut.columns;
+  const Visits visits = fill_table<kRowsAre>(&pipeline.table[stage], p, cut, place);
+  if constexpr (S::kHasBias) {
+    const int32_t heads = kRowsAre == Side::kKeys ? streams.members : 1;
+    const int32_t size = static_cast<int32_t>(p.bias_size());
+    const float* from = static_cast<const float*>(bias) + place.batch * p.bias_batch_stride +
+                        place.head * heads * size;
+    for (int i = threadIdx.x % kWarpLanes; i < heads * size; i += kWarpLanes) {
+      pipeline.bias[stage][i] = from[i];
+    }
+  }
+  __syncwarp();
+  if (threadIdx.x % kWarpLanes != 0) return visits;
+  uint64_t* full = &pipeline.tile_full[stage];
+  ptx::barrier_expect(full, S::kRowArrays * S::kGroups * box_bytes<Rows>(cut.rows.size));
+#pragma unroll
+  for (int g = 0; g < S::kGroups; ++g) {
+    int32_t at[kMaxRank];
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      const int32_t before = a == cut.group_axis ? g * cut.rows.extent[a] : 0;
+      at[a] = place.first[a] + p.window[a].dilation * before;
+    }
+#pragma unroll
+    for (int k = 0; k < S::kRowArrays; ++k) {
+      copy_block<Rows>(pipeline.row[stage][k][g], &streams.row[k], full,
+                       place.head * streams.dim[k], at, static_cast<int32_t>(place.batch));
+    }
+  }
+  return visits;
+}
+
+// Brings the columns of a tile, box by box, from `position` of the ring on.
+template <class S, class Statistics>
+__device__ __forceinline__ void bring_columns(const Streams& streams, const Problem& p,
+                                              typename S::Pipeline& pipeline,
+                                              const Visits& visits, int32_t batch,
+                                              int32_t key_head, uint32_t* position,
+                                              Statistics& statistics) {
+  using Columns = typename S::Columns;
+  const BoxOrder& box = streams.cut.columns;
   const bool elected = threadIdx.x % kWarpLanes == 0;
-  uint32_t position = 0, round = 0;
+  const auto copy = [&](const CUtensorMap(&maps)[2], int32_t head,
+                        const int32_t (&at)[kMaxRank]) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t slot = pipeline.ring.slot(*position);
+      pipeline.ring.wait_empty(*position);
+      if (k == 0) {
+        statistics.put(slot);
+        __syncwarp();
+      }
+      if (elected) {
+        uint64_t* full = pipeline.ring.expect(*position, box_bytes<Columns>(box.size));
+        copy_block<Columns>(pipeline.column[slot], &maps[k], full, head * streams.dim[k], at,
+                            batch);
+      }
+      ++*position;
+    }
+  };
+  for (int32_t member = 0; member < streams.members; ++member) {
+    const int32_t head = key_head * streams.members + member;
+    BoxWalk walk{{visits.length[0], visits.length[1], visits.length[2]}, {0, 0, 0}};
+    for (int32_t i = 0; i < visits.grid_boxes; ++i) {
+      int32_t at[kMaxRank];
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        at[a] = visits.start[a] + p.window[a].dilation * walk.at[a];
+      }
+      statistics.read(batch, head, at);
+      copy(streams.column, head, at);
+      walk.advance(box);
+    }
+    for (int32_t i = 0; i < visits.boxes - visits.grid_boxes; ++i) {
+      const int32_t at[kMaxRank] = {0, 0, i * box.size};
+      copy(streams.list, head, at);
+    }
+  }
+}
+
+// The tiles of a pipeline, one after the other, the first being `tile`. Calls
+// then(visits, place) for each.
+template <class S, Side kRowsAre, class Then>
+__device__ __forceinline__ void produce_tiles(const Streams& streams, const Problem& p,
+                                              const void* bias, typename S::Pipeline& pipeline,
+                                              int32_t tile, const Then& then) {
+  uint32_t round = 0;
   const auto wait_for_stage = [&] {
     const uint32_t stage = round % S::kTiles;
     ptx::barrier_wait(&pipeline.tile_empty[stage], round / S::kTiles % 2 ^ 1);
     return stage;
   };
   for (; tile < streams.tiles; tile += gridDim.x * S::kPipelines) {
-    const TilePlace place(tile, cut.ctas, p.window, streams.group, streams.key_heads);
+    const TilePlace place(tile, streams.cut.ctas, p.window, streams.group, streams.key_heads);
     if (!place.exists(Sides<kRowsAre>::row_grid(p))) continue;
     const uint32_t stage = wait_for_stage();
-    const Visits visits = fill_table<kRowsAre>(&pipeline.table[stage], p, cut, place);
-    if constexpr (S::kHasBias) {
-      const int32_t heads = kRowsAre == Side::kKeys ? streams.members : 1;
-      const int32_t size = static_cast<int32_t>(p.bias_size());
-      const float* from = static_cast<const float*>(bias) + place.batch * p.bias_batch_stride +
-                          place.head * heads * size;
-      for (int i = threadIdx.x % kWarpLanes; i < heads * size; i += kWarpLanes) {
-        pipeline.bias[stage][i] = from[i];
-      }
-    }
-    __syncwarp();
-    const int32_t batch = static_cast<int32_t>(place.batch);
-    if (elected) {
-      uint64_t* full = &pipeline.tile_full[stage];
-      ptx::barrier_expect(full, S::kRowArrays * S::kGroups * box_bytes<Rows>(cut.rows.size));
-#pragma unroll
-      for (int g = 0; g < S::kGroups; ++g) {
-        int32_t at[kMaxRank];
-#pragma unroll
-        for (int a = 0; a < kMaxRank; ++a) {
-          const int32_t before = a == cut.group_axis ? g * cut.rows.extent[a] : 0;
-          at[a] = place.first[a] + p.window[a].dilation * before;
-        }
-#pragma unroll
-        for (int k = 0; k < S::kRowArrays; ++k) {
-          copy_block<Rows>(pipeline.row[stage][k][g], &streams.row[k], full,
-                           place.head * streams.dim[k], at, batch);
-        }
-      }
-    }
-    const auto copy_columns = [&](const CUtensorMap(&maps)[2], int32_t head,
-                                  const int32_t (&at)[kMaxRank]) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint32_t slot = pipeline.ring.slot(position);
-        pipeline.ring.wait_empty(position);
-        if (k == 0) {
-          statistics.put(slot);
-          __syncwarp();
-        }
-        if (elected) {
-          uint64_t* full = pipeline.ring.expect(position, box_bytes<Columns>(box.size));
-          copy_block<Columns>(pipeline.column[slot], &maps[k], full, head * streams.dim[k], at,
-                              batch);
-        }
-        ++position;
-      }
-    };
-    for (int32_t member = 0; member < streams.members; ++member) {
-      const int32_t head = place.key_head * streams.members + member;
-      BoxWalk walk{{visits.length[0], visits.length[1], visits.length[2]}, {0, 0, 0}};
-      for (int32_t i = 0; i < visits.grid_boxes; ++i) {
-        int32_t at[kMaxRank];
-#pragma unroll
-        for (int a = 0; a < kMaxRank; ++a) {
-          at[a] = visits.start[a] + p.window[a].dilation * walk.at[a];
-        }
-        statistics.read(batch, head, at);
-        copy_columns(streams.column, head, at);
-        walk.advance(box);
-      }
-      for (int32_t i = 0; i < visits.boxes - visits.grid_boxes; ++i) {
-        const int32_t at[kMaxRank] = {0, 0, i * box.size};
-        copy_columns(streams.list, head, at);
-      }
-    }
+    then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, stage), place);
     ++round;
   }
   const uint32_t stage = wait_for_stage();
-  if (elected) {
+  if (threadIdx.x % kWarpLanes == 0) {
     pipeline.table[stage].end = true;
     ptx::barrier_arrive(&pipeline.tile_full[stage]);
+  }
+}
+
+// The columns of all tiles of a pipeline whose rows another warp brings.
+template <class S, class Statistics>
+__device__ __forceinline__ void produce_columns(const Streams& streams, const Problem& p,
+                                                typename S::Pipeline& pipeline,
+                                                Statistics statistics) {
+  uint32_t position = 0;
+  for (uint32_t round = 0;; ++round) {
+    const uint32_t stage = round % S::kTiles;
+    ptx::barrier_wait(&pipeline.tile_full[stage], round / S::kTiles % 2);
+    const auto& table = pipeline.table[stage];
+    if (table.end) return;
+    const Visits visits = uniform(table.visits);
+    const int32_t batch = uniform(static_cast<int32_t>(table.batch));
+    const int32_t key_head = uniform(table.key_head);
+    __syncwarp();
+    if (threadIdx.x % kWarpLanes == 0) ptx::barrier_arrive(&pipeline.tile_empty[stage]);
+    bring_columns<S>(streams, p, pipeline, visits, batch, key_head, &position, statistics);
+  }
+}
+
+// The part of producer warp `warp`. Where there is one pipeline only, one warp brings rows and
+// another columns, so that no copy of columns waits for the table of the next tile; otherwise
+// every pipeline has a warp that does both.
+template <class S, Side kRowsAre, class Statistics>
+__device__ __forceinline__ void produce(const Streams& streams, const Problem& p,
+                                        const void* bias, typename S::Pipeline& pipeline,
+                                        int warp, Statistics statistics) {
+  if constexpr (S::kPipelines == 1) {
+    if (warp == 0) {
+      produce_tiles<S, kRowsAre>(streams, p, bias, pipeline, blockIdx.x,
+                                 [](const Visits&, const TilePlace&) {});
+    } else {
+      produce_columns<S>(streams, p, pipeline, statistics);
+    }
+  } else {
+    uint32_t position = 0;
+    produce_tiles<S, kRowsAre>(streams, p, bias, pipeline, blockIdx.x * S::kPipelines + warp,
+                               [&](const Visits& visits, const TilePlace& place) {
+                                 bring_columns<S>(streams, p, pipeline, visits,
+                                                  static_cast<int32_t>(place.batch),
+                                                  place.key_head, &position, statistics);
+                               });
   }
 }
 
@@ -225,7 +289,7 @@ __device__ __forceinline__ BoxWalk walk_of(const TileTable<kGroups>& table, cons
   BoxWalk walk;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
-    walk.length[a] = uniform(table.length[a]);
+    walk.length[a] = uniform(table.visits.length[a]);
     walk.at[a] = a == cut.group_axis ? uniform(table.first_at[group]) : 0;
   }
   return walk;
@@ -241,7 +305,9 @@ __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipel
       pipeline.ring.init(S::kGroups * kGroupWarps);
       for (int i = 0; i < S::kTiles; ++i) {
         ptx::barrier_init(&pipeline.tile_full[i], 1);
-        ptx::barrier_init(&pipeline.tile_empty[i], S::kGroups * kGroupWarps);
+        // A warp that brings columns needs the table, too.
+        ptx::barrier_init(&pipeline.tile_empty[i],
+                          S::kGroups * kGroupWarps + S::kProducers - S::kPipelines);
       }
     }
     ptx::fence_barrier_init();
@@ -262,9 +328,7 @@ __device__ __forceinline__ void divide_labour(const Produce& produce, const Cons
   if (consumer == S::kConsumers) {
     ptx::fewer_registers<S::kProducerRegisters>();
     const int producer = uniform(threadIdx.x % kGroupThreads / kWarpLanes);
-    if (producer < S::kPipelines) {
-      produce(producer, blockIdx.x * S::kPipelines + producer);
-    }
+    if (producer < S::kProducers) produce(producer);
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
     consume(consumer);

@@ -48,6 +48,20 @@ struct alignas(8) Seen {
   int32_t lo, hi;
 };
 
+// The boxes that the warpgroups of a CTA visit together.
+struct Visits {
+  int32_t start[kMaxRank];    // local index of the first column
+  int32_t length[kMaxRank];   // of the union, in class steps
+  int32_t grid_boxes, boxes;  // without and with those of additional keys
+};
+
+__device__ __forceinline__ Visits uniform(const Visits& v) {
+  return {{uniform(v.start[0]), uniform(v.start[1]), uniform(v.start[2])},
+          {uniform(v.length[0]), uniform(v.length[1]), uniform(v.length[2])},
+          uniform(v.grid_boxes),
+          uniform(v.boxes)};
+}
+
 // One tile as all warps of a CTA see it, in shared memory.
 template <int kGroups>
 struct TileTable {
@@ -55,24 +69,16 @@ struct TileTable {
 
   bool end;  // there are no more tiles, and nothing else is set
   int64_t batch;
-  int32_t head;
+  int32_t head, key_head;
   // The token of a row, ~token where it is outside of the grid, kNoToken where there is none.
   int32_t token[kGroups][kGroupRows];
   // What the coordinates of axis 0, then 1, then 2 see, counted from the start of the union.
   // Those without a row in the grid see everything: what they get is not stored.
   Seen seen[kEntries];
-  int32_t lo[kMaxRank];                           // first relative class index of the union
-  int32_t length[kMaxRank];                       // of the union, in class steps
-  int32_t grid_boxes, boxes;                      // without and with those of additional keys
+  int32_t lo[kMaxRank];  // first relative class index of the union
+  Visits visits;
   int32_t first_box[kGroups], last_box[kGroups];  // the run that a warpgroup sees, half-open
   int32_t first_at[kGroups];  // where the run begins on the group axis, from the union's start
-};
-
-// The boxes that the warpgroups of a CTA visit together.
-struct Visits {
-  int32_t start[kMaxRank];   // local index of the first column
-  int32_t length[kMaxRank];  // of the union, in class steps
-  int32_t grid_boxes, boxes;
 };
 
 // Fills the table of a tile; to be called by one whole warp.
@@ -176,13 +182,12 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
     table->end = false;
     table->batch = place.batch;
     table->head = place.head;
+    table->key_head = place.key_head;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       table->lo[a] = least[a];
-      table->length[a] = visits.length[a];
     }
-    table->grid_boxes = visits.grid_boxes;
-    table->boxes = visits.boxes;
+    table->visits = visits;
     const int32_t low = axis_0 == 0 ? least[0] : axis_0 == 1 ? least[1] : least[2];
     const Divisor& extent = cut.column_extent[axis_0];
 #pragma unroll
