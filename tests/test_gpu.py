@@ -104,7 +104,8 @@ HOPPER = getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 def _has_hopper_kernels(spec: ProblemSpec) -> bool:
     """Large tables of bias do not fit in their shared memory."""
     return not spec.bias or (
-        math.prod(2 * size - 1 for size in spec.kernel_size) <= _tiling_sm90.LARGEST_BIAS
+        math.prod(2 * size - 1 for size in spec.kernel_size)
+        <= _tiling_sm90.LARGEST_BIAS
     )
 
 
