@@ -1,0 +1,217 @@
+"""Problems for ``sm90_check``: random ones, or the cases of the benchmarks.
+
+    python tests/cuda/sm90_problems.py random COUNT [SEED]
+    python tests/cuda/sm90_problems.py cases [PLANS_PER_KERNEL]
+
+Random ones try the compiled kernels with boxes that no planner would choose; those of the
+cases are the planner's best for every kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import pathlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax_na import _tiling_sm90
+from jax_na._tiling import Axis
+from jax_na._tiling_sm90 import DKEY_DVALUE, DQUERY, FORWARD, Kernel, Pass
+
+CASES = pathlib.Path(__file__).parents[2] / "benchmarks" / "cases.json"
+MAX_RANK = 3
+
+
+def _three(values: Sequence[int], missing: int = 1) -> str:
+    """One number per axis, of grids of any rank."""
+    return ",".join(map(str, [missing] * (MAX_RANK - len(values)) + list(values)))
+
+
+def _line(words: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in words.items())
+
+
+def _tiling(
+    which: Pass, kernel: Kernel, row_box: Sequence[int], column_box: Sequence[int]
+) -> dict[str, Any]:
+    return {
+        f"{which.name}_groups": kernel.groups,
+        f"{which.name}_columns": kernel.columns,
+        f"{which.name}_row_box": _three(row_box),
+        f"{which.name}_column_box": _three(column_box),
+    }
+
+
+# ---- Random problems -----------------------------------------------------------------
+
+
+def _random_box(
+    choice: random.Random, limit: int, grid: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    box = [1] * len(grid)
+    for _ in range(30):
+        axis = choice.randrange(len(grid))
+        larger = list(box)
+        larger[axis] = choice.choice([box[axis] + 1, box[axis] * 2])
+        spanned = (larger[axis] - 1) * dilation[axis] + 1
+        if math.prod(larger) <= limit and spanned <= _tiling_sm90.MOST_SPANNED:
+            box = larger
+    return box
+
+
+def _random_window(choice: random.Random, length: int) -> tuple[int, int, int, int]:
+    dilation = min(choice.choice([1, 1, 1, 2, 3, 8]), length)
+    size = choice.randint(1, max(1, length // dilation))
+    if choice.random() < 0.5:
+        size = min(size, choice.randint(1, 13))
+    stride = choice.randint(1, size) if choice.random() < 0.4 else 1
+    return size, stride, dilation, int(choice.random() < 0.3)
+
+
+def _random_problem(choice: random.Random, passes: Sequence[Pass]) -> dict[str, Any]:
+    rank = choice.choice([1, 2, 3])
+    dims = [8, 16, 24, 32, 40, 64, 72, 80, 96, 128]
+    if passes == (FORWARD,):
+        dims += [160, 192, 256]
+    head_dim = choice.choice(dims)
+    value_dim = choice.choice([head_dim, head_dim, head_dim, 8, 32, 64, 128])
+    grid = [choice.randint(1, (300, 40, 14)[rank - 1]) for _ in range(rank)]
+    windows = [_random_window(choice, length) for length in grid]
+    size, stride, dilation, is_causal = zip(*windows)
+    key_heads, group = choice.choice([1, 2]), choice.choice([1, 2, 3])
+    query_grid, frame = grid, {}
+    if choice.random() < 0.3:
+        lengths = [choice.randint(max(1, n - 5), n + 20) for n in grid]
+        query_grid = [choice.randint(1, n) for n in grid]
+        frame = {
+            "length": _three(lengths),
+            "query_origin": _three([choice.randint(-4, n - 1) for n in lengths], 0),
+            "key_origin": _three([choice.randint(-4, 4) for _ in grid], 0),
+        }
+    entries = group * math.prod(2 * k - 1 for k in size)
+    bias = entries <= _tiling_sm90.LARGEST_BIAS and choice.random() < 0.5
+    problem = {
+        "type": choice.choice(["bf16", "bf16", "f16"]),
+        "batch": choice.choice([1, 2, 3]),
+        "heads": key_heads * group,
+        "key_heads": key_heads,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+        "additional": choice.choice([0, 0, 0, 1, 5, 150]),
+        "rank": rank,
+        "scale": choice.choice([head_dim**-0.5, head_dim**-0.5, 0.3, -0.5, 0.0]),
+        "query_grid": _three(query_grid),
+        "key_grid": _three(grid),
+        "kernel_size": _three(size),
+        "stride": _three(stride),
+        "dilation": _three(dilation),
+        "is_causal": _three(is_causal, 0),
+        "bias": int(bias),
+        **frame,
+    }
+    for which in passes:
+        kernel = choice.choice(which.kernels[which.padded(max(head_dim, value_dim))])
+        rows, columns = query_grid, grid
+        if which.rows_are_keys:
+            rows, columns = grid, query_grid
+        problem |= _tiling(
+            which,
+            kernel,
+            _random_box(choice, _tiling_sm90.ROWS, rows, dilation),
+            _random_box(choice, kernel.columns, columns, dilation),
+        )
+    return problem
+
+
+def random_problems(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """As many forward as backward ones."""
+    choice = random.Random(seed)
+    for i in range(count):
+        if i % 2 == 0:
+            name, passes = "forward", (FORWARD,)
+        else:
+            name, passes = "backward", (DQUERY, DKEY_DVALUE)
+        yield {
+            "name": f"random_{seed}_{i}",
+            "pass": name,
+            **_random_problem(choice, passes),
+        }
+
+
+# ---- Cases of the benchmarks ---------------------------------------------------------
+
+
+def _cases() -> Iterator[dict[str, Any]]:
+    """Those of the benchmarks, then dense attention."""
+    yield from json.loads(CASES.read_text())
+    dense = {"shape": [4096], "window": [4096], "B": 4}
+    yield {"name": "dense_hd128", "H": 16, "hd": 128, **dense}
+    yield {"name": "dense_hd64", "H": 32, "hd": 64, **dense}
+
+
+def _tilings(
+    which: Pass, channels: int, axes: tuple[Axis, ...], copies: int, most: int
+) -> list[dict[str, Any]]:
+    return [
+        _tiling(which, kernel, tiling.row_box, tiling.column_box)
+        for kernel in which.kernels[which.padded(channels)]
+        for _, tiling in _tiling_sm90.best_tilings(
+            which, kernel, axes, copies, most=most
+        )
+    ]
+
+
+def case_problems(most: int) -> Iterator[dict[str, Any]]:
+    """For every pass and case the ``most`` cheapest boxes of every kernel."""
+    for case in _cases():
+        grid, size, heads = case["shape"], case["window"], case["H"]
+        stride = case.get("stride", [1] * len(grid))
+        axes = tuple(Axis(n, k, s, 1, False) for n, k, s in zip(grid, size, stride))
+        problem = {
+            "type": "bf16",
+            "batch": case["B"],
+            "heads": heads,
+            "key_heads": heads,
+            "head_dim": case["hd"],
+            "value_dim": case["hd"],
+            "additional": 0,
+            "rank": len(grid),
+            "scale": case["hd"] ** -0.5,
+            "query_grid": _three(grid),
+            "key_grid": _three(grid),
+            "kernel_size": _three(size),
+            "stride": _three(stride),
+            "dilation": _three([1] * len(grid)),
+            "is_causal": _three([0] * len(grid), 0),
+            "bias": 0,
+        }
+        forward, dquery, dkey = (
+            _tilings(which, case["hd"], axes, case["B"] * heads, most)
+            for which in (FORWARD, DQUERY, DKEY_DVALUE)
+        )
+        for tiling in forward:
+            name = f"{case['name']}/{'/'.join(map(str, tiling.values()))}"
+            yield {"name": name, "pass": "forward", **problem, **tiling}
+        for pair in itertools.zip_longest(dquery, dkey):
+            tiling = (pair[0] or dquery[0]) | (pair[1] or dkey[0])
+            name = f"{case['name']}/{'/'.join(map(str, tiling.values()))}"
+            yield {"name": name, "pass": "backward", **problem, **tiling}
+
+
+def main(arguments: Sequence[str]) -> None:
+    kind, *numbers = arguments
+    if kind == "random":
+        count, seed = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+        problems = random_problems(count, seed)
+    else:
+        problems = case_problems(int(numbers[0]) if numbers else 2)
+    for problem in problems:
+        print(_line(problem))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
