@@ -272,7 +272,12 @@ def test_plans_of_symbolic_batches() -> None:
 def test_calls_without_a_plan(
     call: dict[str, Any], forward: str | None, backward: str | None
 ) -> None:
-    plan = _plan_of(**({"grid": (1000,), "kernel_size": (65,), "batch": (99,)} | call))
+    plan = _plan_of(
+        **(
+            {"grid": (1000,), "kernel_size": (65,), "batch": (99,), "channels": 128}
+            | call
+        )
+    )
     for name, reason in zip(PASSES, (forward, backward), strict=True):
         found = getattr(plan, name)
         assert isinstance(found, str) == (reason is not None)
