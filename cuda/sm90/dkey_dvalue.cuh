@@ -9,24 +9,38 @@
 // The weights of a box are made while the tensor cores still add dK of the one before.
 #pragma once
 
-#include "bias.cuh"
-#include "pipeline.cuh"
+#include "kernel.cuh"
 #include "softmax.cuh"
 #include "statistics.cuh"
 
 namespace jax_na::cuda::sm90 {
 
-template <class S>
-struct DKeyShared {
-  typename S::Pipeline pipeline[S::kPipelines];
-  ColumnStatistics<S::kColumns> statistics[S::kPipelines][S::kSlots];
-  alignas(16) ColumnSets<S::kColumns> sets;
-  alignas(8) BiasColumns<Sides<Side::kKeys>::kSign, S::kColumns> bias;
+struct DKeyPass {
+  using Plan = BackwardPlan;
+  template <int kDim>
+  using Variants = DKey<kDim>;
+  static constexpr Side kRowsAre = Side::kKeys;
+  static constexpr int kRowArrays = 2;
+  static constexpr int kLeastSlots = 3;  // the queries of a box, and both blocks of the next
+
+  template <class S>
+  struct Statistics {
+    ColumnStatistics<S::kColumns> slot[S::kSlots];
+  };
+  template <class S>
+  static __device__ __forceinline__ StatisticsReader<S::kColumns> reader(
+      const Plan& plan, Statistics<S>& statistics) {
+    return StatisticsReader<S::kColumns>(plan.call, plan.streams.cut.columns, statistics.slot);
+  }
+
+  template <class S>
+  static __device__ __forceinline__ void consume(const Plan& plan, Shared<DKeyPass, S>& shared,
+                                                 int index);
 };
 
 template <class S>
-__device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>& shared,
-                                        int index) {
+__device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyPass, S>& shared,
+                                                  int index) {
   using T = typename S::T;
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
@@ -105,7 +119,7 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
         add_bias(weights, scale, mask, own.pipeline.bias[stage] + member * p.bias_size(),
                  shared.bias, p, view, box_at);
       }
-      const auto& statistics = shared.statistics[pipeline][own.pipeline.ring.slot(at)];
+      const auto& statistics = shared.statistics[pipeline].slot[own.pipeline.ring.slot(at)];
       const auto* lse = reinterpret_cast<const float2*>(statistics.lse) + lane % 4;
       const auto* delta = reinterpret_cast<const float2*>(statistics.delta) + lane % 4;
 #pragma unroll
@@ -191,43 +205,10 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DKeyShared<S>&
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    dkey_dvalue_kernel(const __grid_constant__ BackwardPlan plan) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<DKeyShared<S>*>(memory);
-  const Streams& streams = plan.streams;
-  const Problem& p = plan.call.problem;
-  init<S>(shared.pipeline, streams.cut);
-  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
-  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
-  __syncthreads();
-  divide_labour<S>(
-      [&](int warp) {
-        const int pipeline = warp % S::kPipelines;
-        produce<S, Side::kKeys>(streams, p, plan.call.in.bias, shared.pipeline[pipeline], warp,
-                                StatisticsReader<S::kColumns>(plan.call, streams.cut.columns,
-                                                              shared.statistics[pipeline]));
-      },
-      [&](int consumer) { consume<S>(plan, shared, consumer); });
-}
-
-template <class S>
-cudaError_t launch_shape(const BackwardPlan& plan, cudaStream_t stream) {
-  static_assert(sizeof(DKeyShared<S>) <= kSharedMemory);
-  static_assert(S::kSlots >= 3);  // the queries of a box, and both blocks of the next
-  return launch<S>(&dkey_dvalue_kernel<S>, sizeof(DKeyShared<S>), plan, stream);
-}
-
 template <typename T, int kDim>
 cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, const HopperTiling& tiling,
                                cudaStream_t stream) {
-  return with_variant<DKey<kDim>>(tiling, [&](auto variant) {
-    using V = decltype(variant);
-    return plan.call.in.bias == nullptr
-               ? launch_shape<Shape<T, kDim, 2, V, false>>(plan, stream)
-               : launch_shape<Shape<T, kDim, 2, V, true>>(plan, stream);
-  });
+  return launch_pass<DKeyPass, T, kDim>(plan, tiling, stream);
 }
 
 }  // namespace jax_na::cuda::sm90

@@ -8,22 +8,34 @@
 // The elementwise part of a box runs while the tensor cores multiply dS of the one before.
 #pragma once
 
-#include "bias.cuh"
-#include "pipeline.cuh"
+#include "kernel.cuh"
 #include "softmax.cuh"
 
 namespace jax_na::cuda::sm90 {
 
-template <class S>
-struct DQueryShared {
-  typename S::Pipeline pipeline[S::kPipelines];
-  alignas(16) ColumnSets<S::kColumns> sets;
-  alignas(8) BiasColumns<Sides<Side::kQueries>::kSign, S::kColumns> bias;
+struct DQueryPass {
+  using Plan = BackwardPlan;
+  template <int kDim>
+  using Variants = DQuery<kDim>;
+  static constexpr Side kRowsAre = Side::kQueries;
+  static constexpr int kRowArrays = 2;
+  static constexpr int kLeastSlots = 4;  // the keys of a box, both blocks of the next, one more
+
+  template <class S>
+  using Statistics = NoStatistics;
+  template <class S>
+  static __device__ __forceinline__ NoStatistics reader(const Plan&, NoStatistics& none) {
+    return none;
+  }
+
+  template <class S>
+  static __device__ __forceinline__ void consume(const Plan& plan,
+                                                 Shared<DQueryPass, S>& shared, int index);
 };
 
 template <class S>
-__device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S>& shared,
-                                        int index) {
+__device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
+                                                    Shared<DQueryPass, S>& shared, int index) {
   using T = typename S::T;
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
@@ -193,41 +205,10 @@ __device__ __forceinline__ void consume(const BackwardPlan& plan, DQueryShared<S
   }
 }
 
-template <class S>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    dquery_kernel(const __grid_constant__ BackwardPlan plan) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<DQueryShared<S>*>(memory);
-  const Streams& streams = plan.streams;
-  const Problem& p = plan.call.problem;
-  init<S>(shared.pipeline, streams.cut);
-  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
-  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
-  __syncthreads();
-  divide_labour<S>(
-      [&](int warp) {
-        produce<S, Side::kQueries>(streams, p, plan.call.in.bias,
-                                   shared.pipeline[warp % S::kPipelines], warp, NoStatistics());
-      },
-      [&](int consumer) { consume<S>(plan, shared, consumer); });
-}
-
-template <class S>
-cudaError_t launch_shape(const BackwardPlan& plan, cudaStream_t stream) {
-  static_assert(sizeof(DQueryShared<S>) <= kSharedMemory);
-  static_assert(S::kSlots >= 4);  // the keys of a box, both blocks of the next, one more
-  return launch<S>(&dquery_kernel<S>, sizeof(DQueryShared<S>), plan, stream);
-}
-
 template <typename T, int kDim>
 cudaError_t launch_dquery(const BackwardPlan& plan, const HopperTiling& tiling,
                           cudaStream_t stream) {
-  return with_variant<DQuery<kDim>>(tiling, [&](auto variant) {
-    using V = decltype(variant);
-    return plan.call.in.bias == nullptr
-               ? launch_shape<Shape<T, kDim, 2, V, false>>(plan, stream)
-               : launch_shape<Shape<T, kDim, 2, V, true>>(plan, stream);
-  });
+  return launch_pass<DQueryPass, T, kDim>(plan, tiling, stream);
 }
 
 }  // namespace jax_na::cuda::sm90

@@ -7,17 +7,30 @@
 // the same tile or of the last one, whose output is stored then.
 #pragma once
 
-#include "bias.cuh"
-#include "pipeline.cuh"
+#include "kernel.cuh"
 #include "softmax.cuh"
 
 namespace jax_na::cuda::sm90 {
 
-template <class S>
-struct ForwardShared {
-  typename S::Pipeline pipeline[S::kPipelines];
-  alignas(16) ColumnSets<S::kColumns> sets;
-  alignas(8) BiasColumns<Sides<Side::kQueries>::kSign, S::kColumns> bias;
+struct ForwardPass {
+  using Plan = ForwardPlan;
+  template <int kDim>
+  using Variants = Forward<kDim>;
+  static constexpr Side kRowsAre = Side::kQueries;
+  static constexpr int kRowArrays = 1;
+  static constexpr int kLeastSlots =
+      3;  // the values of a box, the keys of the next, one to come
+
+  template <class S>
+  using Statistics = NoStatistics;
+  template <class S>
+  static __device__ __forceinline__ NoStatistics reader(const Plan&, NoStatistics& none) {
+    return none;
+  }
+
+  template <class S>
+  static __device__ __forceinline__ void consume(const Plan& plan,
+                                                 Shared<ForwardPass, S>& shared, int index);
 };
 
 // Warpgroups take turns in giving work to the tensor cores, so that one does its softmax while
@@ -55,8 +68,9 @@ struct Turns {
 // ---- Consumer ----------------------------------------------------------------------------
 
 template <class S>
-__device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S>& shared,
-                                        int index) {
+__device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
+                                                     Shared<ForwardPass, S>& shared,
+                                                     int index) {
   using T = typename S::T;
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
@@ -241,43 +255,10 @@ __device__ __forceinline__ void consume(const ForwardPlan& plan, ForwardShared<S
   finish_pending();
 }
 
-// ---- Kernel ------------------------------------------------------------------------------
-
-template <class S>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    forward_kernel(const __grid_constant__ ForwardPlan plan) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  auto& shared = *reinterpret_cast<ForwardShared<S>*>(memory);
-  const Streams& streams = plan.streams;
-  const Problem& p = plan.call.problem;
-  init<S>(shared.pipeline, streams.cut);
-  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
-  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
-  __syncthreads();
-  divide_labour<S>(
-      [&](int warp) {
-        produce<S, Side::kQueries>(streams, p, plan.call.in.bias,
-                                   shared.pipeline[warp % S::kPipelines], warp, NoStatistics());
-      },
-      [&](int consumer) { consume<S>(plan, shared, consumer); });
-}
-
-template <class S>
-cudaError_t launch_shape(const ForwardPlan& plan, cudaStream_t stream) {
-  static_assert(sizeof(ForwardShared<S>) <= kSharedMemory);
-  static_assert(S::kSlots >= 3);  // the values of a box, the keys of the next, one to come
-  return launch<S>(&forward_kernel<S>, sizeof(ForwardShared<S>), plan, stream);
-}
-
 template <typename T, int kDim>
 cudaError_t launch_forward(const ForwardPlan& plan, const HopperTiling& tiling,
                            cudaStream_t stream) {
-  return with_variant<Forward<kDim>>(tiling, [&](auto variant) {
-    using V = decltype(variant);
-    return plan.call.in.bias == nullptr
-               ? launch_shape<Shape<T, kDim, 1, V, false>>(plan, stream)
-               : launch_shape<Shape<T, kDim, 1, V, true>>(plan, stream);
-  });
+  return launch_pass<ForwardPass, T, kDim>(plan, tiling, stream);
 }
 
 }  // namespace jax_na::cuda::sm90

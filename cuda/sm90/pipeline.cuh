@@ -8,11 +8,7 @@
 // gradients, in two slots of the ring.
 #pragma once
 
-#include <iterator>
-#include <utility>
-
 #include "blocks.cuh"
-#include "launch.cuh"
 #include "plans.cuh"
 #include "ring.cuh"
 #include "rows.cuh"
@@ -319,54 +315,6 @@ __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipel
         pipeline.row[0][0][0], S::kTiles * S::kRowArrays * S::kGroups, cut.rows.size);
   }
   ptx::fence_async_proxy();
-}
-
-// Gives every warpgroup its part and its registers.
-template <class S, class Produce, class Consume>
-__device__ __forceinline__ void divide_labour(const Produce& produce, const Consume& consume) {
-  const int consumer = uniform(threadIdx.x / kGroupThreads);
-  if (consumer == S::kConsumers) {
-    ptx::fewer_registers<S::kProducerRegisters>();
-    const int producer = uniform(threadIdx.x % kGroupThreads / kWarpLanes);
-    if (producer < S::kProducers) produce(producer);
-  } else {
-    ptx::more_registers<S::kConsumerRegisters>();
-    consume(consumer);
-  }
-}
-
-template <class S, class Plan>
-cudaError_t launch(void (*kernel)(const Plan), int64_t shared_bytes, const Plan& plan,
-                   cudaStream_t stream) {
-  const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;
-  return launch_persistent(kernel, ctas, S::kThreads, shared_bytes, plan, stream);
-}
-
-// A variant as a type.
-template <class Variants, size_t kIndex>
-struct VariantOf {
-  static constexpr int kColumns = Variants::kList[kIndex].columns;
-  static constexpr int kGroups = Variants::kList[kIndex].groups;
-  static constexpr int kPipelines = Variants::kList[kIndex].pipelines;
-};
-
-// Calls launch(VariantOf) with the one of these columns and groups; cudaErrorInvalidValue where
-// there is none.
-template <class Variants, size_t... kIndex, class Launch>
-cudaError_t with_variant(const HopperTiling& tiling, const Launch& launch,
-                         std::index_sequence<kIndex...>) {
-  cudaError_t status = cudaErrorInvalidValue;
-  const auto attempt = [&](auto variant) {
-    using V = decltype(variant);
-    if (V::kColumns == tiling.columns && V::kGroups == tiling.groups) status = launch(variant);
-  };
-  (attempt(VariantOf<Variants, kIndex>{}), ...);
-  return status;
-}
-template <class Variants, class Launch>
-cudaError_t with_variant(const HopperTiling& tiling, const Launch& launch) {
-  return with_variant<Variants>(tiling, launch,
-                                std::make_index_sequence<std::size(Variants::kList)>{});
 }
 
 }  // namespace jax_na::cuda::sm90

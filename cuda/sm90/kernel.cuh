@@ -1,0 +1,105 @@
+// The kernel of every pass, and its launch. A pass says in a class of its own
+//
+//   Plan, Variants<kDim>        its parameters, and what is compiled
+//   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are
+//   kLeastSlots                 of the ring, so that the walk does not stall
+//   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it
+//   consume<S>()                the part of a consumer warpgroup
+#pragma once
+
+#include <iterator>
+#include <utility>
+
+#include "bias.cuh"
+#include "launch.cuh"
+#include "pipeline.cuh"
+
+namespace jax_na::cuda::sm90 {
+
+template <class Pass, class S>
+struct Shared {
+  typename S::Pipeline pipeline[S::kPipelines];
+  alignas(16) ColumnSets<S::kColumns> sets;
+  alignas(8) BiasColumns<Sides<Pass::kRowsAre>::kSign, S::kColumns> bias;
+  typename Pass::template Statistics<S> statistics[S::kPipelines];
+};
+
+// Gives every warpgroup its part and its registers.
+template <class S, class Produce, class Consume>
+__device__ __forceinline__ void divide_labour(const Produce& produce, const Consume& consume) {
+  const int consumer = uniform(threadIdx.x / kGroupThreads);
+  if (consumer == S::kConsumers) {
+    ptx::fewer_registers<S::kProducerRegisters>();
+    const int producer = uniform(threadIdx.x % kGroupThreads / kWarpLanes);
+    if (producer < S::kProducers) produce(producer);
+  } else {
+    ptx::more_registers<S::kConsumerRegisters>();
+    consume(consumer);
+  }
+}
+
+template <class Pass, class S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    pass_kernel(const __grid_constant__ typename Pass::Plan plan) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& shared = *reinterpret_cast<Shared<Pass, S>*>(memory);
+  const Streams& streams = plan.streams;
+  const Problem& p = plan.call.problem;
+  init<S>(shared.pipeline, streams.cut);
+  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
+  __syncthreads();
+  divide_labour<S>(
+      [&](int warp) {
+        const int pipeline = warp % S::kPipelines;
+        produce<S, Pass::kRowsAre>(streams, p, plan.call.in.bias, shared.pipeline[pipeline],
+                                   warp,
+                                   Pass::template reader<S>(plan, shared.statistics[pipeline]));
+      },
+      [&](int consumer) { Pass::template consume<S>(plan, shared, consumer); });
+}
+
+// A variant as a type.
+template <class Variants, size_t kIndex>
+struct VariantOf {
+  static constexpr int kColumns = Variants::kList[kIndex].columns;
+  static constexpr int kGroups = Variants::kList[kIndex].groups;
+  static constexpr int kPipelines = Variants::kList[kIndex].pipelines;
+};
+
+// Calls launch(VariantOf) with the one of these columns and groups; cudaErrorInvalidValue where
+// there is none.
+template <class Variants, size_t... kIndex, class Launch>
+cudaError_t with_variant(const HopperTiling& tiling, const Launch& launch,
+                         std::index_sequence<kIndex...>) {
+  cudaError_t status = cudaErrorInvalidValue;
+  const auto attempt = [&](auto variant) {
+    using V = decltype(variant);
+    if (V::kColumns == tiling.columns && V::kGroups == tiling.groups) status = launch(variant);
+  };
+  (attempt(VariantOf<Variants, kIndex>{}), ...);
+  return status;
+}
+template <class Variants, class Launch>
+cudaError_t with_variant(const HopperTiling& tiling, const Launch& launch) {
+  return with_variant<Variants>(tiling, launch,
+                                std::make_index_sequence<std::size(Variants::kList)>{});
+}
+
+template <class Pass, typename T, int kDim>
+cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& tiling,
+                        cudaStream_t stream) {
+  return with_variant<typename Pass::template Variants<kDim>>(tiling, [&](auto variant) {
+    const auto launch = [&](auto has_bias) {
+      using S = Shape<T, kDim, Pass::kRowArrays, decltype(variant), decltype(has_bias)::value>;
+      static_assert(sizeof(Shared<Pass, S>) <= kSharedMemory);
+      static_assert(S::kSlots >= Pass::kLeastSlots);
+      const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;
+      return launch_persistent(&pass_kernel<Pass, S>, ctas, S::kThreads,
+                               sizeof(Shared<Pass, S>), plan, stream);
+    };
+    return plan.call.in.bias == nullptr ? launch(std::false_type{}) : launch(std::true_type{});
+  });
+}
+
+}  // namespace jax_na::cuda::sm90
