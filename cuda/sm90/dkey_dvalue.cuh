@@ -21,7 +21,8 @@ struct DKeyPass {
   using Variants = DKey<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
-  static constexpr int kLeastSlots = 3;  // the queries of a box, and both blocks of the next
+  // The queries of a box, and both blocks of the next.
+  static constexpr int kLeastSlots = 3;
 
   template <class S>
   struct Statistics {

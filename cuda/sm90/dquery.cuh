@@ -19,7 +19,8 @@ struct DQueryPass {
   using Variants = DQuery<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 2;
-  static constexpr int kLeastSlots = 4;  // the keys of a box, both blocks of the next, one more
+  // The keys of a box, both blocks of the next, one more.
+  static constexpr int kLeastSlots = 4;
 
   template <class S>
   using Statistics = NoStatistics;

@@ -18,8 +18,8 @@ struct ForwardPass {
   using Variants = Forward<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 1;
-  static constexpr int kLeastSlots =
-      3;  // the values of a box, the keys of the next, one to come
+  // The values of a box, the keys of the next, one to come.
+  static constexpr int kLeastSlots = 3;
 
   template <class S>
   using Statistics = NoStatistics;
