@@ -6,7 +6,6 @@ gaps count), for PyTorch likewise. On a CPU there is no such clock; see cpu.py t
 
 from __future__ import annotations
 
-import collections
 import glob
 import statistics
 import tempfile
@@ -61,17 +60,22 @@ def jax_milliseconds(
     return _median_of_equal_parts(durations, calls, "jax") / 1e6
 
 
-def jax_milliseconds_by_kernel(
+def jax_kernels(
     call: Callable[[], Any], calls: int = 10, warm_up: int = 2
-) -> dict[str, float]:
-    """The same of each of its kernels, by name."""
-    durations = collections.defaultdict(list)
-    for _, duration, name in _trace(call, calls, warm_up):
-        durations[name].append(duration)
-    return {
-        name: _median_of_equal_parts(own, calls, name) / 1e6
-        for name, own in durations.items()
-    }
+) -> list[tuple[str, float]]:
+    """Names of its kernels, in the order of their launches, and median milliseconds."""
+    kernels = _trace(call, calls, warm_up)
+    if not kernels or len(kernels) % calls:
+        raise RuntimeError(f"the profiler saw {len(kernels)} kernels in {calls} calls")
+    size = len(kernels) // calls
+    return [
+        (
+            kernels[index][2],
+            statistics.median(duration for _, duration, _ in kernels[index::size])
+            / 1e6,
+        )
+        for index in range(size)
+    ]
 
 
 def torch_milliseconds(
