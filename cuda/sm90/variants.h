@@ -1,5 +1,5 @@
 // What is compiled, by padded head dimension: columns of a score tile, consumer warpgroups that
-// share a pipeline, pipelines of a CTA. jax_na/_tiling.py holds the same table.
+// share a pipeline, pipelines of a CTA. jax_na/_tiling_sm90.py holds the same table.
 #pragma once
 
 #include "../../ffi/problem.h"
