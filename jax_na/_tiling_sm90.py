@@ -45,12 +45,15 @@ class Kernel:
         pipelines: of a CTA, each with tiles of its own.
         cycles: of a multiprocessor, for a warpgroup's visit to a box without mask. A visit
             takes ``groups * pipelines`` times as long, as that many are under way.
+        together: whether every warpgroup visits what any of a pipeline sees, instead of
+            skipping what it does not see itself.
     """
 
     columns: int
     groups: int
     pipelines: int
     cycles: int
+    together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +174,38 @@ DKEY_DVALUE = Pass(
     },
     {32: 1200, 64: 1500, 96: 2250, 128: 3010},
 )
+
+#: Makes what DQUERY and DKEY_DVALUE make, where sums in any order are allowed.
+GRADIENTS = Pass(
+    "gradients",
+    True,
+    Costs(mask=5.6, tile=3000, skip=0),
+    {
+        32: (Kernel(64, 1, 3, 500),),
+        64: (
+            Kernel(64, 1, 2, 850),
+            Kernel(64, 2, 1, 800, together=True),
+            Kernel(128, 2, 1, 1550, together=True),
+        ),
+        96: (Kernel(64, 1, 2, 1300),),
+        128: (Kernel(64, 2, 1, 1550, together=True),),
+    },
+    {
+        dim: DQUERY.portable_cycles[dim] + cycles
+        for dim, cycles in DKEY_DVALUE.portable_cycles.items()
+    },
+)
+
+#: Of all multiprocessors together, to clear and to round one of GRADIENTS' sums in memory.
+SUM_CYCLES = 0.6
+
+#: Channels to which it fills up a row of them.
+SUM_CHANNELS = 16
+
+
+def sums(queries: Any, head_dim: int) -> Any:
+    """How many sums of queries' gradients there are in memory, per head and sample."""
+    return queries * (-(-head_dim // SUM_CHANNELS) * SUM_CHANNELS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +329,8 @@ def _counts(
         )
         total *= table[:, which][:, :, column_boxes[:, index] - 1]
     tiles, loads, visits, free = total
+    if kernel.together:
+        visits = loads * kernel.groups
     free[:, column_boxes.prod(axis=1) < kernel.columns] = 0  # the rest is masked
     return np.stack([tiles, loads, visits, visits - free])
 

@@ -1,6 +1,7 @@
 // Which Hopper kernels run a backward pass.
 #include "sm90.h"
 #include "streams.h"
+#include "sums.h"
 
 namespace jax_na::cuda {
 
@@ -33,6 +34,35 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
     });
   }
   return status;
+}
+
+int64_t gradients_sm90_workspace(const Problem& p) {
+  return p.batch * p.query_tokens() * p.heads * sum_channels(p.head_dim);
+}
+
+cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling, float* sums,
+                           cudaStream_t stream) {
+  const Problem& p = call.problem;
+  if (!supported(p) || p.additional > 0) return cudaErrorInvalidValue;
+  const int64_t size = gradients_sm90_workspace(p);
+  if (size > 0) {
+    const cudaError_t status = cudaMemsetAsync(sums, 0, size * sizeof(float), stream);
+    if (status != cudaSuccess) return status;
+  }
+  if (p.batch * p.key_tokens() * p.key_heads > 0) {
+    GradientsPlan plan{};
+    plan.call = call;
+    plan.sums = sums;
+    cudaError_t status = make_key_streams(p, tiling, call.in, {call.in.query, call.dout},
+                                          &plan.streams);
+    if (status != cudaSuccess) return status;
+    status = with_type_and_dim<128>(p, [&](auto variant) {
+      using V = decltype(variant);
+      return launch_gradients<typename V::Type, V::kDim>(plan, tiling, stream);
+    });
+    if (status != cudaSuccess) return status;
+  }
+  return size > 0 ? round_sums(p, sums, call.dquery, stream) : cudaSuccess;
 }
 
 }  // namespace jax_na::cuda

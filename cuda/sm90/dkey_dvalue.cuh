@@ -21,6 +21,12 @@ struct DKeyPass {
   using Variants = DKey<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
+  template <int>
+  static constexpr int kRowTiles = 2;
+  template <int, int>
+  static constexpr int kExchange = 0;
+  template <int kColumns>
+  static constexpr int kStatistics = sizeof(ColumnStatistics<kColumns>);
   // The queries of a box, and both blocks of the next.
   static constexpr int kLeastSlots = 3;
 

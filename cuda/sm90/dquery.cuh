@@ -19,6 +19,12 @@ struct DQueryPass {
   using Variants = DQuery<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 2;
+  template <int>
+  static constexpr int kRowTiles = 2;
+  template <int, int>
+  static constexpr int kExchange = 0;
+  template <int>
+  static constexpr int kStatistics = 0;
   // The keys of a box, both blocks of the next, one more.
   static constexpr int kLeastSlots = 4;
 

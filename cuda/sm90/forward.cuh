@@ -18,6 +18,12 @@ struct ForwardPass {
   using Variants = Forward<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 1;
+  template <int>
+  static constexpr int kRowTiles = 2;
+  template <int, int>
+  static constexpr int kExchange = 0;
+  template <int>
+  static constexpr int kStatistics = 0;
   // The values of a box, the keys of the next, one to come.
   static constexpr int kLeastSlots = 3;
 

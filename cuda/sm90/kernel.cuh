@@ -1,9 +1,13 @@
 // The kernel of every pass, and its launch. A pass says in a class of its own
 //
 //   Plan, Variants<kDim>        its parameters, and what is compiled
-//   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are
+//   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are:
+//                               queries alone, queries and output gradients, or keys and values
+//   kRowTiles<kDim>             tiles whose rows are there at once, 1 or 2
 //   kLeastSlots                 of the ring, so that the walk does not stall
-//   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it
+//   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
+//   kStatistics<kColumns>       its bytes per slot
+//   kExchange<kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 
@@ -91,7 +95,7 @@ cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& til
                         cudaStream_t stream) {
   return with_variant<typename Pass::template Variants<kDim>>(tiling, [&](auto variant) {
     const auto launch = [&](auto has_bias) {
-      using S = Shape<T, kDim, Pass::kRowArrays, decltype(variant), decltype(has_bias)::value>;
+      using S = Shape<T, kDim, Pass, decltype(variant), decltype(has_bias)::value>;
       static_assert(sizeof(Shared<Pass, S>) <= kSharedMemory);
       static_assert(S::kSlots >= Pass::kLeastSlots);
       const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;

@@ -82,6 +82,13 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
+// red.global.add.v4.f32: adds four floats to global memory, each by itself, in any order.
+__device__ __forceinline__ void add_to_global(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(a),
+               "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
 // ---- Warpgroups ------------------------------------------------------------------------
 
 // bar.sync: waits for `threads` threads at the named barrier; 0 is __syncthreads'.

@@ -1,5 +1,5 @@
 // lse and delta of the queries of a box, which the gradients of keys and values need per
-// column.
+// column, and which queries they are.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,7 @@ template <int kColumns>
 struct ColumnStatistics {
   alignas(8) float lse[kColumns];
   alignas(8) float delta[kColumns];
+  int32_t token[kColumns];  // kNoToken where there is no query
 };
 
 // The producer's side: a lane brings every 32nd column.
@@ -25,6 +26,7 @@ struct StatisticsReader {
   ColumnStatistics<kColumns>* slots;
   int32_t offset[kOwn][kMaxRank];  // of the columns from the first of a box
   float lse[kOwn], delta[kOwn];
+  int32_t token[kOwn];
 
   __device__ __forceinline__ StatisticsReader(const BackwardCall& call, const BoxOrder& box,
                                               ColumnStatistics<kColumns>* slots)
@@ -45,18 +47,19 @@ struct StatisticsReader {
     const Problem& p = call.problem;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      int32_t token = 0;
       bool exists = true;
+      int32_t index = 0;
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
         const int32_t own = at[a] + offset[i][a];
         exists = exists && own >= 0 && own < p.query_grid[a];
-        token = token * p.query_grid[a] + own;
+        index = index * p.query_grid[a] + own;
       }
       lse[i] = -kInfinity;
       delta[i] = 0;
+      token[i] = exists ? index : kNoToken;
       if (!exists) continue;
-      const int64_t row = (batch * p.query_tokens() + token) * p.heads + head;
+      const int64_t row = (batch * p.query_tokens() + index) * p.heads + head;
       lse[i] = static_cast<const float*>(call.lse)[row];
       delta[i] = static_cast<const float*>(call.delta)[row];
     }
@@ -71,6 +74,7 @@ struct StatisticsReader {
       const bool empty = lse[i] == -kInfinity;
       slots[slot].lse[column] = empty ? kInfinity : lse[i] * kLog2E;
       slots[slot].delta[column] = empty ? 0 : delta[i];
+      slots[slot].token[column] = empty ? kNoToken : token[i];
     }
   }
 };
