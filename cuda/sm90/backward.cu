@@ -37,7 +37,7 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
 }
 
 int64_t gradients_sm90_workspace(const Problem& p) {
-  return p.batch * p.query_tokens() * p.heads * sum_channels(p.head_dim);
+  return p.batch * p.query_tokens() * p.heads * padded_dim(p);
 }
 
 cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling, float* sums,
@@ -52,9 +52,15 @@ cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling,
   if (p.batch * p.key_tokens() * p.key_heads > 0) {
     GradientsPlan plan{};
     plan.call = call;
-    plan.sums = sums;
     cudaError_t status = make_key_streams(p, tiling, call.in, {call.in.query, call.dout},
                                           &plan.streams);
+    if (status != cudaSuccess) return status;
+    TokenBox box{{}, {}, kSumChannels};
+    for (int a = 0; a < kMaxRank; ++a) {
+      box.extent[a] = tiling.column_box[a];
+      box.dilation[a] = p.window[a].dilation;
+    }
+    status = make_sum_map(p, padded_dim(p), sums, box, &plan.sums);
     if (status != cudaSuccess) return status;
     status = with_type_and_dim<128>(p, [&](auto variant) {
       using V = decltype(variant);

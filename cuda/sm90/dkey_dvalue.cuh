@@ -23,7 +23,7 @@ struct DKeyPass {
   static constexpr int kRowArrays = 2;
   template <int>
   static constexpr int kRowTiles = 2;
-  template <int, int>
+  template <int, int, int>
   static constexpr int kExchange = 0;
   template <int kColumns>
   static constexpr int kStatistics = sizeof(ColumnStatistics<kColumns>);

@@ -21,7 +21,7 @@ struct DQueryPass {
   static constexpr int kRowArrays = 2;
   template <int>
   static constexpr int kRowTiles = 2;
-  template <int, int>
+  template <int, int, int>
   static constexpr int kExchange = 0;
   template <int>
   static constexpr int kStatistics = 0;

@@ -20,7 +20,7 @@ struct ForwardPass {
   static constexpr int kRowArrays = 1;
   template <int>
   static constexpr int kRowTiles = 2;
-  template <int, int>
+  template <int, int, int>
   static constexpr int kExchange = 0;
   template <int>
   static constexpr int kStatistics = 0;

@@ -31,9 +31,10 @@ struct GradientsPass {
   // The queries of a box, and both blocks of the next.
   static constexpr int kLeastSlots = 3;
 
-  // dS of a box and of the one before, which another warpgroup may still multiply.
-  template <int kColumns, int kGroups>
-  static constexpr int kExchange = 2 * kColumns * kGroups * kGroupRows * 2;
+  // dS of a box and of the one before, which another warpgroup may still multiply, and dQ.
+  template <int kDim, int kColumns, int kGroups>
+  static constexpr int kExchange = 2 * kColumns * kGroups * kGroupRows * 2 +
+                                   kColumns * kDim * 4;
 
   template <int kColumns>
   static constexpr int kStatistics = sizeof(ColumnStatistics<kColumns>);
@@ -57,16 +58,29 @@ template <class S>
 struct QueryShare {
   static_assert(S::kColumns % kGroupRows == 0);
   static constexpr int kParts = S::kColumns / kGroupRows;  // of the queries
-  static_assert(S::kGroups % kParts == 0);
+  // A box is added by the warpgroups that made it, which are one or all.
+  static_assert(kParts == 1 || kParts == S::kGroups);
   static constexpr int kChannels = S::kDim * kParts / S::kGroups;
+  static constexpr int kBlocks = kChannels / kSumChannels;
+  static constexpr int kBlockBytes = S::kColumns * kSumChannels * 4;
+  static constexpr int kBytes = kBlocks * kBlockBytes;
+  static constexpr int kBoxes = S::kGroups / kParts;  // that are added, of kBytes each
   using Exchange = Block<S::kColumns, S::kGroups * kGroupRows>;  // rows are keys
   using Keys = typename S::Rows;
   static_assert(Keys::kChannels % kChannels == 0 || kChannels % Keys::kChannels == 0);
 
-  int first_query, first_channel;
+  int pipeline, group, first_query, first_channel;
 
-  __device__ __forceinline__ explicit QueryShare(int group)
-      : first_query(group % kParts * kGroupRows), first_channel(group / kParts * kChannels) {}
+  __device__ __forceinline__ QueryShare(int pipeline, int group)
+      : pipeline(pipeline),
+        group(group),
+        first_query(group % kParts * kGroupRows),
+        first_channel(group / kParts * kChannels) {}
+
+  // All warpgroups of the pipeline.
+  __device__ __forceinline__ void exchange_barrier() const {
+    ptx::named_barrier(1 + S::kConsumers + pipeline, S::kGroups * kGroupThreads);
+  }
 
   // d = dS K, with the keys of group 0 at `keys` and those of the next behind them.
   template <typename T>
@@ -86,23 +100,43 @@ struct QueryShare {
     }
   }
 
-  // Adds d to the sums of a head, which begin at `sums`; see sums.h for their order.
-  __device__ __forceinline__ void add(const float (&d)[kChannels / 2], const int32_t* tokens,
-                                      float* sums, int64_t pitch, int32_t head_dim) const {
+  // Whether this thread tells the copy engine to add.
+  __device__ __forceinline__ bool adds() const {
+    return threadIdx.x % kGroupThreads == 0 && group % kParts == 0;
+  }
+
+  // Adds d to a box of sums by way of `buffer`, which the copy engine is done with: the channels
+  // of its head begin at `channel`, its queries at `at`.
+  __device__ __forceinline__ void add(const float (&d)[kChannels / 2], uint32_t buffer,
+                                      const CUtensorMap* sums, int32_t channel,
+                                      const int32_t (&at)[kMaxRank], int32_t batch) const {
     const int lane = threadIdx.x % kWarpLanes;
-    const int row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows + lane / 4;
+    const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
+    buffer += group / kParts * kBytes;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int32_t token = tokens[first_query + row + 8 * h];
-      if (token < 0) continue;
-      float* to = sums + token * pitch + first_channel + lane % 4 * 4;
+      const int row = first_query + warp_row + lane / 4 + 8 * h;
 #pragma unroll
-      for (int j = 0; j < kChannels / kSumChannels; ++j) {
-        if (first_channel + j * kSumChannels >= head_dim) continue;
+      for (int j = 0; j < kChannels / 16; ++j) {
         const float* own = d + 8 * j + 2 * h;
-        ptx::add_to_global(to + j * kSumChannels, own[0], own[1], own[4], own[5]);
+        const int unit = lane % 4 * 2 + j % 2;  // no two lanes of a quarter in the same banks
+        ptx::store_shared(buffer + j / 2 * kBlockBytes + row * 128 + (unit ^ row % 8) * 16,
+                          own[0], own[1], own[4], own[5]);
       }
     }
+    ptx::fence_async_proxy();
+    if constexpr (kParts == 1) {
+      group_barrier(pipeline * S::kGroups + group);
+    } else {
+      exchange_barrier();
+    }
+    if (!adds()) return;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      ptx::add_box(sums, buffer + i * kBlockBytes, channel + first_channel + i * kSumChannels,
+                   at, batch);
+    }
+    ptx::additions_commit();
   }
 };
 
@@ -123,12 +157,11 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
   const float log2_scale = S::kHasBias ? kLog2E : scale * kLog2E;
   const int lane = threadIdx.x % kWarpLanes;
   const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
-  const int64_t sum_pitch = int64_t{p.heads} * sum_channels(p.head_dim);
 
   const int pipeline = index / S::kGroups;
   Consumer<S> own(shared.pipeline[pipeline], index);
   const int group = own.group;
-  const Share share(group);
+  const Share share(pipeline, group);
   RowView view;
   view.place<S::kGroups>(cut, group);
   float dkey[S::kDim / 2], dvalue[S::kDim / 2];
@@ -142,7 +175,7 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
   for (;;) {
     const uint32_t stage = own.next_tile();
     const auto& table = own.pipeline.table[stage];
-    if (table.end) return;
+    if (table.end) break;
     if (p.head_dim < S::kDim || p.value_dim < S::kDim) {
       clear_padding<Rows>(own.rows(stage, 0), p.head_dim);
       clear_padding<Rows>(own.rows(stage, 1), p.value_dim);
@@ -165,13 +198,13 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
     clear(dkey);
     clear(dvalue);
 
-    const auto visit = [&](int32_t member, const BoxWalk& walk, uint32_t at, float* sums) {
+    const auto visit = [&](int32_t member, const BoxWalk& walk, uint32_t at) {
       float weights[kColumns / 2], dscores[kColumns / 2];
       uint32_t operand[kColumns / 4];  // P
       const uint32_t queries = ptx::shared_address(own.block(at));
       const uint32_t douts = ptx::shared_address(own.block(at + 1));
-      const uint32_t exchange =
-          ptx::shared_address(own.pipeline.exchange) + turn * Exchange::kAllBytes;
+      const uint32_t buffers = ptx::shared_address(own.pipeline.exchange);
+      const uint32_t exchange = buffers + turn * Exchange::kAllBytes;
       turn ^= 1;
       own.wait(at);
       if (p.frame != nullptr) {  // what lies beyond the frame is no number
@@ -246,7 +279,8 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       pack_all<T>(dweights, dscores);
       put_operand<Exchange>(exchange, group * kGroupRows, dweights);
       ptx::fence_async_proxy();
-      ptx::named_barrier(1 + S::kConsumers + pipeline, S::kGroups * kGroupThreads);
+      if (share.adds()) ptx::additions_wait_read();
+      share.exchange_barrier();
       pin(dquery);
       products_begin();
       share.template multiply<T>(dquery, exchange, all_keys);
@@ -264,21 +298,25 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       pin(dvalue);
       pin(dquery);
       own.release(at + 1);
-      share.add(dquery, statistics.token, sums, sum_pitch, p.head_dim);
+      int32_t first[kMaxRank];
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        first[a] = table.visits.start[a] + p.window[a].dilation * walk.at[a];
+      }
+      share.add(dquery, buffers + 2 * Exchange::kAllBytes, &plan.sums,
+                (table.key_head * plan.streams.members + member) * S::kDim, first,
+                static_cast<int32_t>(table.batch));
       pending = true;
       pending_queries = at;
     };
 
     for (int32_t member = 0; member < plan.streams.members; ++member) {
-      const int64_t head = int64_t{table.key_head} * plan.streams.members + member;
-      float* sums = plan.sums + table.batch * p.query_tokens() * sum_pitch +
-                    head * sum_channels(p.head_dim);
       BoxWalk walk{{uniform(table.visits.length[0]), uniform(table.visits.length[1]),
                     uniform(table.visits.length[2])},
                    {0, 0, 0}};
 #pragma unroll 1
       for (int32_t i = 0; i < boxes; ++i) {
-        visit(member, walk, own.base + 2 * i, sums);
+        visit(member, walk, own.base + 2 * i);
         walk.advance(box);
       }
       own.base += 2 * boxes;
@@ -289,8 +327,7 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
     if (pending) own.release(pending_queries);
     pending = false;
 
-    // Another warpgroup may still multiply by these keys.
-    ptx::named_barrier(1 + S::kConsumers + pipeline, S::kGroups * kGroupThreads);
+    share.exchange_barrier();  // another warpgroup may still multiply by these keys
     const int64_t row = table.batch * p.key_tokens() * p.key_heads + table.head;
     const auto store = [&](const auto& gradient, float by, void* to, int array, int32_t dim) {
       if (to == nullptr) return;
@@ -302,6 +339,7 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
     store(dvalue, 1, plan.call.dvalue, 1, p.value_dim);
     own.release_tile(stage);
   }
+  if (share.adds()) ptx::additions_wait_read();
 }
 
 template <typename T, int kDim>

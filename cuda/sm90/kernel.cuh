@@ -7,7 +7,7 @@
 //   kLeastSlots                 of the ring, so that the walk does not stall
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
 //   kStatistics<kColumns>       its bytes per slot
-//   kExchange<kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
+//   kExchange<kDim, kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 

@@ -45,7 +45,7 @@ struct Shape {
   static constexpr int kTiles = 2;  // of which tables are there at once,
   static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;  // and rows
   static_assert(kRowTiles == 1 || kRowTiles == kTiles);
-  static constexpr int kExchange = Pass::template kExchange<kColumns, kGroups>;
+  static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
   static constexpr int kFixed =
       kRowTiles * kGroups * kRowArrays * Rows::kAllBytes + kExchange;
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries

@@ -32,7 +32,7 @@ struct BackwardPlan {
 struct GradientsPlan {
   Streams streams;
   BackwardCall call;
-  float* sums;  // of the gradient of queries, see sums.h
+  CUtensorMap sums;  // of the gradient of queries, see sums.h
 };
 
 // Each launches the kernel that was compiled for the tiling's columns and groups;

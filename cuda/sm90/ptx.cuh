@@ -82,10 +82,31 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
-// red.global.add.v4.f32: adds four floats to global memory, each by itself, in any order.
-__device__ __forceinline__ void add_to_global(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(a),
-               "f"(b), "f"(c), "f"(d)
+// cp.reduce.async.bulk.tensor.5d.add: adds a box of floats in shared memory to one in global
+// memory, in any order. The box may end outside the tensor but has to begin inside.
+__device__ __forceinline__ void add_box(const CUtensorMap* map, uint32_t from, int32_t channel,
+                                        const int32_t (&at)[3], int32_t batch) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.bulk_group "
+      "[%0, {%1, %2, %3, %4, %5}], [%6];\n" ::"l"(map),
+      "r"(channel), "r"(at[2]), "r"(at[1]), "r"(at[0]), "r"(batch), "r"(from)
+      : "memory");
+}
+
+// cp.async.bulk.commit_group and wait_group.read: the thread's additions so far have read their
+// shared memory.
+__device__ __forceinline__ void additions_commit() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+__device__ __forceinline__ void additions_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+}
+
+// st.shared.v4.f32
+__device__ __forceinline__ void store_shared(uint32_t address, float a, float b, float c,
+                                             float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(a), "f"(b),
+               "f"(c), "f"(d)
                : "memory");
 }
 

@@ -1,5 +1,5 @@
 // lse and delta of the queries of a box, which the gradients of keys and values need per
-// column, and which queries they are.
+// column.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,6 @@ template <int kColumns>
 struct ColumnStatistics {
   alignas(8) float lse[kColumns];
   alignas(8) float delta[kColumns];
-  int32_t token[kColumns];  // kNoToken where there is no query
 };
 
 // The producer's side: a lane brings every 32nd column.
@@ -26,7 +25,6 @@ struct StatisticsReader {
   ColumnStatistics<kColumns>* slots;
   int32_t offset[kOwn][kMaxRank];  // of the columns from the first of a box
   float lse[kOwn], delta[kOwn];
-  int32_t token[kOwn];
 
   __device__ __forceinline__ StatisticsReader(const BackwardCall& call, const BoxOrder& box,
                                               ColumnStatistics<kColumns>* slots)
@@ -57,7 +55,6 @@ struct StatisticsReader {
       }
       lse[i] = -kInfinity;
       delta[i] = 0;
-      token[i] = exists ? index : kNoToken;
       if (!exists) continue;
       const int64_t row = (batch * p.query_tokens() + index) * p.heads + head;
       lse[i] = static_cast<const float*>(call.lse)[row];
@@ -74,7 +71,6 @@ struct StatisticsReader {
       const bool empty = lse[i] == -kInfinity;
       slots[slot].lse[column] = empty ? kInfinity : lse[i] * kLog2E;
       slots[slot].delta[column] = empty ? 0 : delta[i];
-      slots[slot].token[column] = empty ? kNoToken : token[i];
     }
   }
 };

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A thread rounds four sums: channels 2 q, 2 q + 1, 8 + 2 q and 8 + 2 q + 1 of a group.
+// A thread rounds four sums.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     round_kernel(const float4* sums, T* dquery, int64_t fours, int32_t fours_of_row,
@@ -17,9 +17,10 @@ __global__ void __launch_bounds__(kThreads)
     const float4 four = sums[i];
     const int64_t row = i / fours_of_row;
     const auto in_row = static_cast<int32_t>(i - row * fours_of_row);
-    const int32_t channel = in_row / 4 * kSumChannels + in_row % 4 * 2;
+    const int32_t q = in_row % 8 / 2, j = in_row % 2;
+    const int32_t channel = in_row / 8 * kSumChannels + 16 * j + 2 * q;
     auto* to = reinterpret_cast<uint32_t*>(dquery + row * head_dim + channel);
-    to[0] = pack<T>(four.x * scale, four.y * scale);
+    if (channel < head_dim) to[0] = pack<T>(four.x * scale, four.y * scale);
     if (channel + 8 < head_dim) to[4] = pack<T>(four.z * scale, four.w * scale);
   }
 }
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t round_sums(const Problem& p, const float* sums, void* dquery, cudaStream_t stream) {
-  const int32_t fours_of_row = sum_channels(p.head_dim) / 4;
+  const int32_t fours_of_row = padded_dim(p) / 4;
   const int64_t fours = p.batch * p.query_tokens() * p.heads * fours_of_row;
   const int64_t wanted = (fours + kThreads - 1) / kThreads;
   const auto ctas = static_cast<unsigned>(wanted < INT32_MAX ? wanted : INT32_MAX);
