@@ -82,7 +82,7 @@ inline std::optional<cuda::HopperTiling> hopper_forward(const ffi::Dictionary& a
 inline std::optional<cuda::HopperTiling> hopper_gradients(const ffi::Dictionary& attributes,
                                                           const Problem& p) {
   const auto tiling = hopper_tiling(attributes, p, "gradients");
-  if (!tiling || !is_compiled<cuda::sm90::Gradients, 32, 64, 96, 128>(p, *tiling) ||
+  if (!tiling || !is_compiled<cuda::sm90::Gradients, 32, 64, 128>(p, *tiling) ||
       !device_is_hopper()) {
     return std::nullopt;
   }

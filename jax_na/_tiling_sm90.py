@@ -187,7 +187,6 @@ GRADIENTS = Pass(
             Kernel(64, 2, 1, 800, together=True),
             Kernel(128, 2, 1, 1550, together=True),
         ),
-        96: (Kernel(64, 1, 2, 1300),),
         128: (Kernel(64, 2, 1, 1550, together=True),),
     },
     {

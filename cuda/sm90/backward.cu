@@ -19,7 +19,7 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
   if (call.dquery != nullptr && p.query_tokens() > 0) {
     status = make_query_streams(p, tiling.dquery, queries, call.in, &plan.streams);
     if (status != cudaSuccess) return status;
-    status = with_type_and_dim<128>(p, [&](auto variant) {
+    status = with_type_and_dim<32, 64, 96, 128>(p, [&](auto variant) {
       using V = decltype(variant);
       return launch_dquery<typename V::Type, V::kDim>(plan, tiling.dquery, stream);
     });
@@ -28,7 +28,7 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
   if ((call.dkey != nullptr || call.dvalue != nullptr) && p.key_tokens() > 0) {
     status = make_key_streams(p, tiling.dkey_dvalue, call.in, queries, &plan.streams);
     if (status != cudaSuccess) return status;
-    status = with_type_and_dim<128>(p, [&](auto variant) {
+    status = with_type_and_dim<32, 64, 96, 128>(p, [&](auto variant) {
       using V = decltype(variant);
       return launch_dkey_dvalue<typename V::Type, V::kDim>(plan, tiling.dkey_dvalue, stream);
     });
@@ -62,7 +62,7 @@ cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling,
     }
     status = make_sum_map(p, padded_dim(p), sums, box, &plan.sums);
     if (status != cudaSuccess) return status;
-    status = with_type_and_dim<128>(p, [&](auto variant) {
+    status = with_type_and_dim<32, 64, 128>(p, [&](auto variant) {
       using V = decltype(variant);
       return launch_gradients<typename V::Type, V::kDim>(plan, tiling, stream);
     });

@@ -90,10 +90,6 @@ struct Gradients<64> {
   static constexpr Variant kList[] = {{64, 1, 2}, {64, 2, 1}, {128, 2, 1}};
 };
 template <>
-struct Gradients<96> {
-  static constexpr Variant kList[] = {{64, 1, 2}};
-};
-template <>
 struct Gradients<128> {
   static constexpr Variant kList[] = {{64, 2, 1}};
 };
