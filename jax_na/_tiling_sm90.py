@@ -26,6 +26,9 @@ ROWS = 64
 #: Tokens that a box of one copy may span on an axis, and its largest dilation.
 MOST_SPANNED, LARGEST_DILATION = 256, 8
 
+#: To which head dimensions are filled up.
+PADDED_DIMS = (32, 64, 96, 128, 192, 256)
+
 #: Entries of the tables of bias that a CTA holds, one table for every head of columns that
 #: a head of rows has.
 LARGEST_BIAS = 512
@@ -98,7 +101,11 @@ class Pass:
 
     def padded(self, channels: int) -> int:
         """The head dimension of the kernels for heads of so many channels."""
-        return min(dim for dim in self.kernels if channels <= dim)
+        return min(dim for dim in PADDED_DIMS if channels <= dim)
+
+    def takes(self, channels: int) -> bool:
+        """Whether there are kernels for heads of so many channels."""
+        return channels <= PADDED_DIMS[-1] and self.padded(channels) in self.kernels
 
     def cycles(
         self, kernel: Kernel, tiles: Any, loads: Any, visits: Any, masked_visits: Any
@@ -185,7 +192,6 @@ GRADIENTS = Pass(
         64: (
             Kernel(64, 1, 2, 850),
             Kernel(64, 2, 1, 800, together=True),
-            Kernel(128, 2, 1, 1550, together=True),
         ),
         128: (Kernel(64, 2, 1, 1550, together=True),),
     },
@@ -198,13 +204,10 @@ GRADIENTS = Pass(
 #: Of all multiprocessors together, to clear and to round one of GRADIENTS' sums in memory.
 SUM_CYCLES = 0.6
 
-#: Channels to which it fills up a row of them.
-SUM_CHANNELS = 16
 
-
-def sums(queries: Any, head_dim: int) -> Any:
+def sums(queries: Any, channels: int) -> Any:
     """How many sums of queries' gradients there are in memory, per head and sample."""
-    return queries * (-(-head_dim // SUM_CHANNELS) * SUM_CHANNELS)
+    return queries * GRADIENTS.padded(channels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,9 @@
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
 //   kStatistics<kColumns>       its bytes per slot
 //   kExchange<kDim, kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
+//   kConstants<kDim, kColumns>  bytes of Constants<S>, what consumers multiply with beside what
+//                               comes; fill() of all threads makes them
+//   kMaskProduct<kDim>          whether there are kernels that mask by a product
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 
@@ -16,9 +19,20 @@
 
 #include "bias.cuh"
 #include "launch.cuh"
+#include "mask_product.cuh"
 #include "pipeline.cuh"
 
 namespace jax_na::cuda::sm90 {
+
+struct NoConstants {
+  __device__ __forceinline__ void fill(const Cut&, int) {}
+};
+
+// The columns' side of masks by products.
+template <class S>
+using MaskConstants = std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, NoConstants>;
+template <int kColumns>
+constexpr int kMaskConstants = sizeof(MaskColumns<kColumns>) + 1024;
 
 template <class Pass, class S>
 struct Shared {
@@ -26,7 +40,27 @@ struct Shared {
   alignas(16) ColumnSets<S::kColumns> sets;
   alignas(8) BiasColumns<Sides<Pass::kRowsAre>::kSign, S::kColumns> bias;
   typename Pass::template Statistics<S> statistics[S::kPipelines];
+  typename Pass::template Constants<S> constants;
 };
+
+// d = rows(a) rows(b)^T over the channels, masked if the kernel masks by products.
+template <class S>
+__device__ __forceinline__ void multiply_and_mask(float (&d)[S::kColumns / 2], uint32_t a,
+                                                  uint32_t b, MaskRows& masks,
+                                                  const MaskConstants<S>& constants) {
+  using T = typename S::T;
+  using Rows = typename S::Rows;
+  using Columns = typename S::Columns;
+  if constexpr (S::kMaskProduct) {
+    pin(masks.operand);
+    products_begin();
+    multiply_channels<__nv_bfloat16, typename MaskColumns<S::kColumns>::Rows>(
+        d, masks.operand, ptx::shared_address(constants.rows));
+  } else {
+    products_begin();
+  }
+  multiply_channels<T, Rows, Columns>(d, a, b, S::kMaskProduct);
+}
 
 // Gives every warpgroup its part and its registers.
 template <class S, class Produce, class Consume>
@@ -49,8 +83,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto& shared = *reinterpret_cast<Shared<Pass, S>*>(memory);
   const Streams& streams = plan.streams;
   const Problem& p = plan.call.problem;
+  shared.constants.fill(streams.cut, S::kThreads);
   init<S>(shared.pipeline, streams.cut);
-  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  if constexpr (!S::kMaskProduct) {
+    shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  }
   if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
@@ -94,15 +131,22 @@ template <class Pass, typename T, int kDim>
 cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& tiling,
                         cudaStream_t stream) {
   return with_variant<typename Pass::template Variants<kDim>>(tiling, [&](auto variant) {
-    const auto launch = [&](auto has_bias) {
-      using S = Shape<T, kDim, Pass, decltype(variant), decltype(has_bias)::value>;
+    const auto launch = [&](auto has_bias, auto mask_product) {
+      using S = Shape<T, kDim, Pass, decltype(variant), decltype(has_bias)::value,
+                      decltype(mask_product)::value>;
       static_assert(sizeof(Shared<Pass, S>) <= kSharedMemory);
       static_assert(S::kSlots >= Pass::kLeastSlots);
       const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;
       return launch_persistent(&pass_kernel<Pass, S>, ctas, S::kThreads,
                                sizeof(Shared<Pass, S>), plan, stream);
     };
-    return plan.call.in.bias == nullptr ? launch(std::false_type{}) : launch(std::true_type{});
+    if (plan.call.in.bias != nullptr) return launch(std::true_type{}, std::false_type{});
+    if constexpr (Pass::template kMaskProduct<kDim>) {
+      if (can_mask_by_product(plan.call.problem, plan.streams.cut, decltype(variant)::kColumns)) {
+        return launch(std::false_type{}, std::true_type{});
+      }
+    }
+    return launch(std::false_type{}, std::false_type{});
   });
 }
 

@@ -19,7 +19,8 @@ namespace jax_na::cuda::sm90 {
 
 constexpr int kSharedMemory = 227 * 1024;
 
-template <typename T_, int kDim_, class Pass, class Variant, bool kHasBias_>
+// kMaskProduct: see mask_product.cuh; never with a bias.
+template <typename T_, int kDim_, class Pass, class Variant, bool kHasBias_, bool kMaskProduct_>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
@@ -27,7 +28,7 @@ struct Shape {
   static constexpr int kColumns = Variant::kColumns;
   static constexpr int kGroups = Variant::kGroups;  // consumer warpgroups of a pipeline
   static constexpr int kPipelines = Variant::kPipelines;
-  static constexpr bool kHasBias = kHasBias_;
+  static constexpr bool kHasBias = kHasBias_, kMaskProduct = kMaskProduct_;
   static constexpr int kConsumers = kGroups * kPipelines;
   static_assert(kConsumers >= 2 && kConsumers <= 4);
 
@@ -42,8 +43,9 @@ struct Shape {
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
-  static constexpr int kTiles = 2;  // of which tables are there at once,
-  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;  // and rows
+  // Tiles of which rows are there at once, and tables.
+  static constexpr int kRowTiles = Pass::template kRowTiles<kDim, kPipelines>;
+  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;
   static_assert(kRowTiles == 1 || kRowTiles == kTiles);
   static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
   static constexpr int kFixed =
@@ -51,7 +53,8 @@ struct Shape {
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
   // Of a pipeline, and all else, at most: barriers, sets of columns, alignment.
   static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + kBias * 4);
-  static constexpr int kElse = 1536 + (24 * kColumns + 1536) / kPipelines;
+  static constexpr int kElse =
+      1536 + (24 * kColumns + 1536 + Pass::template kConstants<kDim, kColumns>) / kPipelines;
   static constexpr int kFit =
       (kSharedMemory / kPipelines - kFixed - kTables - kElse) /
       (Columns::kAllBytes + Pass::template kStatistics<kColumns>);
