@@ -24,6 +24,11 @@ struct DKeyPass {
   // The queries of a box, and both blocks of the next.
   static constexpr int kLeastSlots = 3;
 
+  template <int kDim>
+  static constexpr bool kMaskProduct = false;
+  template <class S>
+  using Constants = NoConstants;
+
   template <class S>
   struct Statistics {
     ColumnStatistics<S::kColumns> slot[S::kSlots];
@@ -75,6 +80,7 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
     const uint32_t keys = ptx::shared_address(own.rows(stage, 0));
     const uint32_t values = ptx::shared_address(own.rows(stage, 1));
     view.read(table, cut);
+    view.find_common(cut);
     const int32_t boxes = uniform(table.visits.boxes);
     const int32_t first = uniform(table.first_box[group]),
                   last = uniform(table.last_box[group]);

@@ -8,9 +8,30 @@
 #pragma once
 
 #include "kernel.cuh"
+#include "mask_product.cuh"
 #include "softmax.cuh"
 
 namespace jax_na::cuda::sm90 {
+
+#ifndef SUM_PRODUCT
+#define SUM_PRODUCT 1
+#endif
+
+template <class S>
+struct ForwardConstants {
+  static constexpr bool kSumProduct = S::kDim <= 64 && SUM_PRODUCT;
+  struct None {
+    __device__ __forceinline__ void fill(int) {}
+    __device__ __forceinline__ void fill(const Cut&, int) {}
+  };
+  std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, None> masks;
+  std::conditional_t<kSumProduct, Ones<typename S::T, typename S::Columns>, None> ones;
+
+  __device__ __forceinline__ void fill(const Cut& cut, int threads) {
+    masks.fill(cut, threads);
+    ones.fill(threads);
+  }
+};
 
 struct ForwardPass {
   using Plan = ForwardPlan;
@@ -20,6 +41,17 @@ struct ForwardPass {
   static constexpr int kRowArrays = 1;
   // The values of a box, the keys of the next, one to come.
   static constexpr int kLeastSlots = 3;
+
+  template <int kDim>
+  static constexpr bool kMaskProduct = kDim <= 64;
+  static bool masks_by_product(const ForwardPlan& plan, int columns) {
+    const Problem& p = plan.call.problem;
+    const auto scale = static_cast<float>(p.scale);
+    return p.frame == nullptr && scale > 0x1p-20f && scale < 0x1p20f &&
+           fits_mask_product(p, plan.streams.cut, columns);
+  }
+  template <class S>
+  using Constants = ForwardConstants<S>;
 
   template <class S>
   using Statistics = NoStatistics;
@@ -75,34 +107,46 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
   constexpr int kColumns = S::kColumns;
+  constexpr bool kSumProduct = ForwardConstants<S>::kSumProduct;
+  constexpr int kSums = S::kDim / 2 + (kSumProduct ? 4 : 0);
   const Problem& p = plan.call.problem;
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
   const float scale = static_cast<float>(p.scale);
-  const bool prescaled = S::kHasBias || !(scale > 0);
+  const bool prescaled = S::kHasBias || (!S::kMaskProduct && !(scale > 0));
   const float log2_scale = prescaled ? kLog2E : scale * kLog2E;
+  // What is masked by a product stays below the reference, whatever else a row sees.
+  const float lowest = S::kMaskProduct ? kMaskedScore / 2 * log2_scale : OnlineSoftmax::kLowest;
 
   Consumer<S> own(shared.pipeline[index / S::kGroups], index);
   const int group = own.group;
   const Turns<S::kGroups, S::kGroups == 2> turns(group);
   RowView view;
   view.place<S::kGroups>(cut, group);
-  OnlineSoftmax softmax;
-  float sums[S::kDim / 2];
+  SeenBits seen;
+  OnlineSoftmax softmax(lowest);
+  float sums[kSums];
+  bool begun = false;      // there is something in the sums
   uint32_t weights[kColumns / 4];
   bool pending = false;    // there are weights whose values are to be added,
   uint32_t values = 0;     // at this position,
   int32_t passed = 0;      // so many boxes ago,
   bool due = false;        // and then the sums are complete,
   uint32_t due_stage = 0;  // those of this tile,
-  float factor[2];         // to be multiplied by this
+  OnlineSoftmax due_softmax(lowest);
 
   const auto add_values = [&] {
     own.wait(values);
     pin(sums);
     pin(weights);
     products_begin();
-    multiply_rows<T, Columns>(sums, weights, ptx::shared_address(own.block(values)));
+    const uint32_t at = ptx::shared_address(own.block(values));
+    if constexpr (kSumProduct) {
+      multiply_rows_and_sum<T, Columns>(sums, weights, at,
+                                        ptx::shared_address(shared.constants.ones.pair), begun);
+    } else {
+      multiply_rows<T, Columns>(sums, weights, at, begun);
+    }
     products_commit();
   };
   const auto values_added = [&] {
@@ -110,16 +154,47 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     pin(sums);
     own.release(values);
     pending = false;
+    begun = true;
   };
   const auto store_output = [&](uint32_t stage) {
-    const auto& table = own.pipeline.table[stage];
-    const int64_t row = table.batch * p.query_tokens() * p.heads + table.head;
+    auto& table = own.pipeline.table[stage];
+    const int64_t first_row = table.first_row;
+    const int lane = threadIdx.x % kWarpLanes;
+    const int own_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows + lane / 4;
+    float factor[2], lse[2];
+    if constexpr (!kSumProduct) due_softmax.finish();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if constexpr (kSumProduct) {
+        due_softmax.total[h] = begun ? sums[S::kDim / 2 + 2 * h] : 0;
+      }
+      factor[h] = ptx::reciprocal(due_softmax.total[h]);
+      lse[h] = due_softmax.lse(h);
+    }
     own.barrier();  // all warps are done with these queries
-    store_product<T, Rows>(sums, factor, own.rows(stage, 0), table.token[group],
-                           static_cast<T*>(plan.call.out) + row * p.value_dim,
-                           int64_t{p.heads} * p.value_dim, p.value_dim);
+    put_rows<T, Rows>(own.rows(stage, 0), sums, factor);
+    int32_t tokens[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int32_t& token = table.token[group][own_row + 8 * h];
+      tokens[h] = token;
+      if (lane % 4 == 0 && tokens[h] >= 0 && due_softmax.total[h] == 0) token = ~tokens[h];
+    }
+    __syncwarp();
+    RowCopy<Rows> rows;
+    rows.read(own.rows(stage, 0), table.token[group]);
     own.release_tile(stage);
-    clear(sums);
+    rows.write(static_cast<T*>(plan.call.out) + first_row * p.value_dim,
+               int64_t{p.heads} * p.value_dim, p.value_dim);
+    float* lse_of_tile = static_cast<float*>(plan.call.lse) + first_row;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (lane % 4 != 0 || tokens[h] == kNoToken) continue;
+      const auto at = static_cast<uint32_t>(max(tokens[h], ~tokens[h]));
+      lse_of_tile[uint64_t{at} * static_cast<uint32_t>(p.heads)] =
+          tokens[h] < 0 ? -kInfinity : lse[h];
+    }
+    begun = false;
     due = false;
   };
   const auto finish_pending = [&] {
@@ -141,23 +216,37 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       clear_padding<Rows>(query_block, p.head_dim);
       own.barrier();
     }
-    view.read(table, cut);
+    if constexpr (S::kMaskProduct) {
+      seen.read(table, view, cut);
+    } else {
+      view.read(table, cut);
+      view.find_common(cut);
+    }
     const int32_t boxes = uniform(table.visits.boxes),
                   grid_boxes = uniform(table.visits.grid_boxes);
-    int32_t i = 0, next = uniform(table.first_box[group]),
-            last = uniform(table.last_box[group]);
+    int32_t i = 0, next = 0, last = grid_boxes;
+    if constexpr (S::kGroups > 1) {
+      next = uniform(table.first_box[group]);
+      last = uniform(table.last_box[group]);
+    }
     BoxWalk walk = walk_of(table, cut, group);
     // Box i: its scores, the values of the box before, its softmax.
     const auto visit = [&](int32_t i, auto has_pending) {
       constexpr bool kPending = decltype(has_pending)::value;
       float scores[kColumns / 2];
       const uint32_t keys = own.base + 2 * i;
+      [[maybe_unused]] MaskRows masks;
+      if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, i < grid_boxes);
       own.wait(keys);
       turns.wait();
       pin(scores);
+      if constexpr (S::kMaskProduct) pin(masks.operand);
       products_begin();
-      multiply_channels<T, Rows, Columns>(scores, queries,
-                                          ptx::shared_address(own.block(keys)));
+      if constexpr (S::kMaskProduct) {
+        masks.begin_scores<kColumns>(scores, shared.constants.masks);
+      }
+      multiply_channels<T, Rows, Columns>(
+          scores, queries, ptx::shared_address(own.block(keys)), S::kMaskProduct);
       products_commit();
       if constexpr (kPending) {
         add_values();
@@ -168,6 +257,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
         products_wait<0>();
       }
       pin(scores);
+      if constexpr (S::kMaskProduct) pin(masks.operand);
       own.release(keys);
 
       // ---- Softmax ----
@@ -178,17 +268,17 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       if (i >= grid_boxes) {
         const int32_t left = min(p.additional - (i - grid_boxes) * box.size, box.size);
         if (left < kColumns) hide<kColumns>(scores, LaneMask<kColumns>::leading(left));
-      } else {
-        if constexpr (S::kHasBias) {
-          const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
-                                            table.lo[2] + walk.at[2]};
-          add_bias(scores, scale, view.mask(shared.sets, walk, cut), own.pipeline.bias[stage],
-                   shared.bias, p, view, box_at);
-        } else if (box.size < kColumns || !view.all_see(walk, cut)) {
+      } else if constexpr (S::kHasBias) {
+        const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
+                                          table.lo[2] + walk.at[2]};
+        add_bias(scores, scale, view.mask(shared.sets, walk, cut), own.pipeline.bias[stage],
+                 shared.bias, p, view, box_at);
+      } else if constexpr (!S::kMaskProduct) {
+        if (box.size < kColumns || !view.all_see(walk, cut)) {
           hide<kColumns>(scores, view.mask(shared.sets, walk, cut));
         }
       }
-      const bool grown = softmax.weigh(scores, log2_scale);
+      const bool grown = softmax.template weigh<!kSumProduct>(scores, log2_scale);
 
       if constexpr (kPending) values_added();
       if (due) {
@@ -201,7 +291,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       pending = true;
       passed = 0;
       if (i >= grid_boxes) return;
-      if (p.frame != nullptr) {  // what lies beyond the frame is no number
+      if (!S::kMaskProduct && p.frame != nullptr) {  // what lies beyond the frame is no number
         own.wait(values);
         clear_overhang<Columns>(own.block(values), walk, box);
         own.barrier();
@@ -234,21 +324,8 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
 
     // ---- The tile is done but for its last values ----
     if (due) finish_pending();  // it saw nothing, so that the one before still waits
-    softmax.finish();
-    const int64_t row = table.batch * p.query_tokens() * p.heads + table.head;
-    float* lse = static_cast<float*>(plan.call.lse) + row;
-    const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      factor[h] = 1 / softmax.total[h];
-      if (threadIdx.x % 4 != 0) continue;
-      int32_t& token = table.token[group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h];
-      if (token >= 0 && softmax.total[h] == 0) token = ~token;
-      if (token != kNoToken) {
-        lse[int64_t{max(token, ~token)} * p.heads] = token < 0 ? -kInfinity : softmax.lse(h);
-      }
-    }
-    softmax = OnlineSoftmax();
+    due_softmax = softmax;
+    softmax = OnlineSoftmax(lowest);
     due = true;
     due_stage = stage;
   }

@@ -4,6 +4,7 @@
 //   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are
 //   kLeastSlots                 of the ring, so that the walk does not stall
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it
+//   Constants<S>                what consumers multiply with beside what comes
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 
@@ -16,12 +17,17 @@
 
 namespace jax_na::cuda::sm90 {
 
+struct NoConstants {
+  __device__ __forceinline__ void fill(const Cut&, int) {}
+};
+
 template <class Pass, class S>
 struct Shared {
   typename S::Pipeline pipeline[S::kPipelines];
   alignas(16) ColumnSets<S::kColumns> sets;
   alignas(8) BiasColumns<Sides<Pass::kRowsAre>::kSign, S::kColumns> bias;
   typename Pass::template Statistics<S> statistics[S::kPipelines];
+  typename Pass::template Constants<S> constants;
 };
 
 // Gives every warpgroup its part and its registers.
@@ -45,8 +51,11 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto& shared = *reinterpret_cast<Shared<Pass, S>*>(memory);
   const Streams& streams = plan.streams;
   const Problem& p = plan.call.problem;
+  shared.constants.fill(streams.cut, S::kThreads);
   init<S>(shared.pipeline, streams.cut);
-  shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  if constexpr (!S::kMaskProduct) {
+    shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
+  }
   if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
@@ -90,15 +99,22 @@ template <class Pass, typename T, int kDim>
 cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& tiling,
                         cudaStream_t stream) {
   return with_variant<typename Pass::template Variants<kDim>>(tiling, [&](auto variant) {
-    const auto launch = [&](auto has_bias) {
-      using S = Shape<T, kDim, Pass::kRowArrays, decltype(variant), decltype(has_bias)::value>;
+    const auto launch = [&](auto has_bias, auto mask_product) {
+      using S = Shape<T, kDim, Pass::kRowArrays, decltype(variant), decltype(has_bias)::value,
+                      decltype(mask_product)::value>;
       static_assert(sizeof(Shared<Pass, S>) <= kSharedMemory);
       static_assert(S::kSlots >= Pass::kLeastSlots);
       const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;
       return launch_persistent(&pass_kernel<Pass, S>, ctas, S::kThreads,
                                sizeof(Shared<Pass, S>), plan, stream);
     };
-    return plan.call.in.bias == nullptr ? launch(std::false_type{}) : launch(std::true_type{});
+    if (plan.call.in.bias != nullptr) return launch(std::true_type{}, std::false_type{});
+    if constexpr (Pass::template kMaskProduct<kDim>) {
+      if (Pass::masks_by_product(plan, decltype(variant)::kColumns)) {
+        return launch(std::false_type{}, std::true_type{});
+      }
+    }
+    return launch(std::false_type{}, std::false_type{});
   });
 }
 

@@ -20,7 +20,9 @@ namespace jax_na::cuda::sm90 {
 constexpr int kSharedMemory = 227 * 1024;
 
 // kRowArrays: queries alone, or queries and output gradients, or keys and values.
-template <typename T_, int kDim_, int kRowArrays_, class Variant, bool kHasBias_>
+// kMaskProduct: see mask_product.cuh; never with a bias.
+template <typename T_, int kDim_, int kRowArrays_, class Variant, bool kHasBias_,
+          bool kMaskProduct_ = false>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
@@ -28,7 +30,7 @@ struct Shape {
   static constexpr int kColumns = Variant::kColumns;
   static constexpr int kGroups = Variant::kGroups;  // consumer warpgroups of a pipeline
   static constexpr int kPipelines = Variant::kPipelines;
-  static constexpr bool kHasBias = kHasBias_;
+  static constexpr bool kHasBias = kHasBias_, kMaskProduct = kMaskProduct_;
   static constexpr int kConsumers = kGroups * kPipelines;
   static_assert(kConsumers >= 2 && kConsumers <= 4);
 
@@ -43,12 +45,16 @@ struct Shape {
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
-  static constexpr int kTiles = 2;  // of which rows and tables are there at once
+  // Of which rows and tables are there at once: more where tiles are short and rows small.
+  static constexpr int kTiles = kDim == 32 && kPipelines > 1 ? 4 : 2;
   static constexpr int kFixed = kTiles * kGroups * kRowArrays * Rows::kAllBytes;
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
+  // What a pass multiplies with, at most: rows of masks, and of ones.
+  static constexpr int kConstants = kDim <= 64 ? kColumns * 64 + 4 * 1024 : 0;
   // All else, at most.
   static constexpr int kTables =
-      kTiles * kBias * 4 + 3 * 1024 * kGroups + 1024 + 6 * 1024 / kPipelines;
+      kTiles * kBias * 4 + 3 * 1024 * kGroups + 1024 +
+      (6 * 1024 + kConstants) / kPipelines;
   static constexpr int kFit =
       (kSharedMemory / kPipelines - kTables - kFixed) / Columns::kAllBytes;
   static constexpr int kSlots = kFit < 8 ? kFit : 8;

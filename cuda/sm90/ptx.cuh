@@ -82,6 +82,44 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                : "memory");
 }
 
+// ld.shared.v4.b32
+__device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+// ---- Bits ------------------------------------------------------------------------------
+
+// bmsk.clamp: bits [first, first + count), of which those above 31 are lost.
+__device__ __forceinline__ uint32_t bit_run(uint32_t first, uint32_t count) {
+  uint32_t bits;
+  asm("bmsk.clamp.b32 %0, %1, %2;\n" : "=r"(bits) : "r"(first), "r"(count));
+  return bits;
+}
+
+// shf.r.wrap: the lowest bits become the highest ones; by `count` modulo 32.
+__device__ __forceinline__ uint32_t rotate_right(uint32_t x, int32_t count) {
+  return __funnelshift_r(x, x, count);
+}
+
+// prmt: every byte filled with its highest bit.
+__device__ __forceinline__ uint32_t signs_of_bytes(uint32_t x) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, %1, 0xba98;\n" : "=r"(signs) : "r"(x));
+  return signs;
+}
+
+// rcp.approx.ftz
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- Warpgroups ------------------------------------------------------------------------
 
 // bar.sync: waits for `threads` threads at the named barrier; 0 is __syncthreads'.

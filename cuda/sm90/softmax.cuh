@@ -19,13 +19,16 @@ struct OnlineSoftmax {
   static constexpr float kSlack = 8;
   static constexpr float kLowest = std::numeric_limits<float>::lowest();
 
-  float reference[2] = {kLowest, kLowest};  // in log2 units; finite: no -inf is subtracted
+  float reference[2];  // in log2 units; finite: no -inf is subtracted
   float total[2] = {0, 0};                  // of this lane's columns
   float factor[2] = {1, 1};                 // what sums so far are to be multiplied by
 
+  __device__ __forceinline__ explicit OnlineSoftmax(float lowest)
+      : reference{lowest, lowest} {}
+
   // Turns scores into weights; `log2_scale` > 0 takes them to log2 units. Returns whether the
-  // warp has to apply `factor` to its sums.
-  template <int kCount>
+  // warp has to apply `factor` to its sums. `total` is left alone where not kTotals.
+  template <bool kTotals = true, int kCount>
   __device__ __forceinline__ bool weigh(float (&scores)[kCount], float log2_scale) {
     float largest[2];
     bool grown = false;
@@ -49,11 +52,13 @@ struct OnlineSoftmax {
       for (int e = 0; e < 4; ++e) {
         float& score = scores[4 * n + e];
         score = ptx::exp2(score * log2_scale - reference[e / 2]);
-        (e % 2 == 0 ? total : odd)[e / 2] += score;
+        if constexpr (kTotals) (e % 2 == 0 ? total : odd)[e / 2] += score;
       }
     }
-    total[0] += odd[0];
-    total[1] += odd[1];
+    if constexpr (kTotals) {
+      total[0] += odd[0];
+      total[1] += odd[1];
+    }
     return grown;
   }
 

@@ -34,6 +34,11 @@ cudaError_t make_streams(const Problem& p, const HopperTiling& tiling, const Gri
     cut.column_extent[a] = Divisor(tiling.column_box[a]);
     cta[a] = tiling.row_box[a] * (a == cut.group_axis ? tiling.groups : 1);
   }
+  int32_t entries = 0;
+  for (int a = cut.group_axis; a < kMaxRank; ++a) {
+    cut.first_entry[a] = entries;
+    entries += tiling.column_box[a];
+  }
   cut.ctas = TileGrid(rows.tokens, p.window, cta);
   const int64_t tiles = p.batch * rows.heads * cut.ctas.order.size;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;

@@ -42,6 +42,7 @@ struct Cut {
   BoxOrder columns;  // of a box
   Divisor column_extent[kMaxRank];
   int32_t group_axis;
+  int32_t first_entry[kMaxRank];  // of the column's coordinates in a product of masks
 };
 
 struct alignas(8) Seen {
@@ -70,6 +71,7 @@ struct TileTable {
   bool end;  // there are no more tiles, and nothing else is set
   int64_t batch;
   int32_t head, key_head;
+  int64_t first_row;  // of the sample and head, where all heads of a token are neighbours
   // The token of a row, ~token where it is outside of the grid, kNoToken where there is none.
   int32_t token[kGroups][kGroupRows];
   // What the coordinates of axis 0, then 1, then 2 see, counted from the start of the union.
@@ -183,6 +185,10 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
     table->batch = place.batch;
     table->head = place.head;
     table->key_head = place.key_head;
+    const bool queries = kRowsAre == Side::kQueries;
+    table->first_row = place.batch * (queries ? p.query_tokens() : p.key_tokens()) *
+                           (queries ? p.heads : p.key_heads) +
+                       place.head;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       table->lo[a] = least[a];
@@ -326,6 +332,12 @@ struct RowView {
       if (a < cut.group_axis) continue;  // the grid has no such axis
 #pragma unroll
       for (int h = 0; h < 2; ++h) seen[h][a] = table.seen[entry[h][a]];
+    }
+  }
+  __device__ __forceinline__ void find_common(const Cut& cut) {
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      if (a < cut.group_axis) continue;
       common[a].lo = ptx::warp_max(max(seen[0][a].lo, seen[1][a].lo));
       common[a].hi = ptx::warp_min(min(seen[0][a].hi, seen[1][a].hi));
     }

@@ -27,13 +27,19 @@ struct Block {
   static constexpr int kRowBytes = kChannels * 2;
   static constexpr int kBytes = kRows * kRowBytes;  // of one block
   static constexpr int kAllBytes = kBytes * kCount;
+  static constexpr int kUnits = kRowBytes / 16;     // of a row of one block
   static_assert(kDim % kChannels == 0 && kRows % 16 == 0);
 
   // Where the 16-byte unit with channels [8 unit, 8 unit + 8) of a row lies.
   static __device__ __forceinline__ int offset(int row, int unit) {
-    constexpr int kUnits = kRowBytes / 16;
-    const int swizzle = kUnits == 8 ? row % 8 : row / 2 % 4;
-    return unit / kUnits * kBytes + row * kRowBytes + (unit % kUnits ^ swizzle) * 16;
+    return unit / kUnits * kBytes + row * kRowBytes + (unit % kUnits ^ swizzle(row)) * 16;
+  }
+  // The same as an address, from that of another unit or row; sums must not carry.
+  static __device__ __forceinline__ uint32_t add_units(uint32_t address, int units) {
+    return (address ^ units % kUnits * 16) + units / kUnits * kBytes;
+  }
+  static __device__ __forceinline__ uint32_t add_rows(uint32_t address, int rows) {
+    return (address ^ swizzle(rows) * 16) + rows * kRowBytes;
   }
 
   // Descriptor of an operand at `address`, for its first step: address, leading and stride byte
@@ -57,6 +63,11 @@ struct Block {
     return descriptor(address, kBytes);
   }
   static __host__ __device__ constexpr int row_step(int k) { return k * 16 * kRowBytes / 16; }
+
+ private:
+  static __host__ __device__ constexpr int swizzle(int row) {
+    return kUnits == 8 ? row % 8 : row / 2 % 4;
+  }
 };
 
 // ---- Order -----------------------------------------------------------------------------
@@ -103,6 +114,7 @@ struct Product;
 #define JAX_NA_OUT(i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+#define JAX_NA_OUT_HALF(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JAX_NA_OUT_2 JAX_NA_OUT(0), JAX_NA_OUT(8)
 #define JAX_NA_OUT_3 JAX_NA_OUT_2, JAX_NA_OUT(16)
 #define JAX_NA_OUT_4 JAX_NA_OUT_3, JAX_NA_OUT(24)
@@ -118,6 +130,8 @@ struct Product;
 #define JAX_NA_OUT_14 JAX_NA_OUT_13, JAX_NA_OUT(104)
 #define JAX_NA_OUT_15 JAX_NA_OUT_14, JAX_NA_OUT(112)
 #define JAX_NA_OUT_16 JAX_NA_OUT_15, JAX_NA_OUT(120)
+#define JAX_NA_OUT_2_HALF JAX_NA_OUT_2, JAX_NA_OUT_HALF(16)
+#define JAX_NA_OUT_4_HALF JAX_NA_OUT_4, JAX_NA_OUT_HALF(32)
 #define JAX_NA_NAME_2 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define JAX_NA_NAME_3 JAX_NA_NAME_2 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define JAX_NA_NAME_4 JAX_NA_NAME_3 ",%24,%25,%26,%27,%28,%29,%30,%31"
@@ -133,6 +147,8 @@ struct Product;
 #define JAX_NA_NAME_14 JAX_NA_NAME_13 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define JAX_NA_NAME_15 JAX_NA_NAME_14 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define JAX_NA_NAME_16 JAX_NA_NAME_15 ",%120,%121,%122,%123,%124,%125,%126,%127"
+#define JAX_NA_NAME_2_HALF JAX_NA_NAME_2 ",%16,%17,%18,%19"
+#define JAX_NA_NAME_4_HALF JAX_NA_NAME_4 ",%32,%33,%34,%35"
 
 #define JAX_NA_PRODUCT_OF(N, M, TYPE, A, B, P, TRANSPOSED, ...)                             \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " P ", 0;\n"                           \
@@ -159,22 +175,33 @@ struct Product;
     }                                                                                         \
     template <typename T, bool kBRows>                                                        \
     static __device__ __forceinline__ void add(float (&d)[N / 2], const uint32_t* a,          \
-                                               uint64_t b) {                                  \
+                                               uint64_t b, bool accumulate) {                 \
       if constexpr (std::is_same_v<T, __half>) {                                              \
         JAX_NA_PRODUCT_OF(N, M, "f16", "{" O0 "," O1 "," O2 "," O3 "}", O4, O5, O6,           \
-                          "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1),         \
-                          "n"(int{kBRows}));                                                  \
+                          "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                 \
+                          "r"(int{accumulate}), "n"(int{kBRows}));                            \
       } else {                                                                                \
         JAX_NA_PRODUCT_OF(N, M, "bf16", "{" O0 "," O1 "," O2 "," O3 "}", O4, O5, O6,          \
-                          "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1),         \
-                          "n"(int{kBRows}));                                                  \
+                          "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                 \
+                          "r"(int{accumulate}), "n"(int{kBRows}));                            \
       }                                                                                       \
+    }                                                                                         \
+    static __device__ __forceinline__ void begin_bytes(float (&d)[N / 2], const uint32_t* a,  \
+                                                       uint64_t b) {                          \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 0, 0;\n"                             \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e5m2.e5m2"                 \
+                   " {" JAX_NA_NAME_##M "}, {" O0 "," O1 "," O2 "," O3 "}, " O4               \
+                   ", add, 1, 1;\n}\n"                                                        \
+                   : JAX_NA_OUT_##M                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
     }                                                                                         \
   }
 
 JAX_NA_PRODUCT(32, 2, "%16", "%17", "%18", "%19", "%20", "%21", "%22");
+JAX_NA_PRODUCT(40, 2_HALF, "%20", "%21", "%22", "%23", "%24", "%25", "%26");
 JAX_NA_PRODUCT(48, 3, "%24", "%25", "%26", "%27", "%28", "%29", "%30");
 JAX_NA_PRODUCT(64, 4, "%32", "%33", "%34", "%35", "%36", "%37", "%38");
+JAX_NA_PRODUCT(72, 4_HALF, "%36", "%37", "%38", "%39", "%40", "%41", "%42");
 JAX_NA_PRODUCT(80, 5, "%40", "%41", "%42", "%43", "%44", "%45", "%46");
 JAX_NA_PRODUCT(96, 6, "%48", "%49", "%50", "%51", "%52", "%53", "%54");
 JAX_NA_PRODUCT(112, 7, "%56", "%57", "%58", "%59", "%60", "%61", "%62");
@@ -188,26 +215,56 @@ JAX_NA_PRODUCT(256, 16, "%128", "%129", "%130", "%131", "%132", "%133", "%134");
 
 // ---- Products of blocks ------------------------------------------------------------------
 
-// d = rows(a) rows(b)^T over the channels: scores.
+// d = rows(a) rows(b)^T over the channels, or d += that: scores.
 template <typename T, class A, class B>
 __device__ __forceinline__ void multiply_channels(float (&d)[B::kRows / 2], uint32_t a,
-                                                  uint32_t b) {
+                                                  uint32_t b, bool accumulate = false) {
   static_assert(A::kDim == B::kDim);
 #pragma unroll
   for (int k = 0; k < A::kDim / 16; ++k) {
     Product<B::kRows>::template add<T, false, false>(
         d, A::by_channels(a) + A::channel_step(k), B::by_channels(b) + B::channel_step(k),
-        k > 0);
+        k > 0 || accumulate);
   }
 }
 
-// d += a rows(b) with a in registers and one column of it per row of b: outputs.
+// d += a rows(b) with a in registers and one column of it per row of b, or d = that: outputs.
 template <typename T, class B>
 __device__ __forceinline__ void multiply_rows(float (&d)[B::kDim / 2],
-                                              const uint32_t (&a)[B::kRows / 4], uint32_t b) {
+                                              const uint32_t (&a)[B::kRows / 4], uint32_t b,
+                                              bool accumulate = true) {
 #pragma unroll
   for (int k = 0; k < B::kRows / 16; ++k) {
-    Product<B::kDim>::template add<T, true>(d, a + 4 * k, B::by_rows(b) + B::row_step(k));
+    Product<B::kDim>::template add<T, true>(d, a + 4 * k, B::by_rows(b) + B::row_step(k),
+                                            k > 0 || accumulate);
+  }
+}
+
+// Ones for the 16 rows of a step, where multiply_rows_and_sum expects a further block.
+template <typename T, class B>
+struct Ones {
+  static constexpr int kBytes = 16 * B::kRowBytes;
+  alignas(1024) uint32_t pair[kBytes / 4];
+
+  __device__ __forceinline__ void fill(int threads) {
+    constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
+    for (int i = threadIdx.x; i < kBytes / 4; i += threads) pair[i] = kOne << 16 | kOne;
+  }
+};
+
+// The same, and in the last four elements of d the sums of the rows of a: the 8 columns after
+// those of b are ones, which lie behind b in shared memory.
+template <typename T, class B>
+__device__ __forceinline__ void multiply_rows_and_sum(float (&d)[B::kDim / 2 + 4],
+                                                      const uint32_t (&a)[B::kRows / 4],
+                                                      uint32_t b, uint32_t ones,
+                                                      bool accumulate) {
+  static_assert(B::kCount == 1);
+#pragma unroll
+  for (int k = 0; k < B::kRows / 16; ++k) {
+    const uint64_t step = B::row_step(k);
+    const uint64_t at = B::descriptor(b, ones - b) + step - (step << 16);
+    Product<B::kDim + 8>::template add<T, true>(d, a + 4 * k, at, k > 0 || accumulate);
   }
 }
 

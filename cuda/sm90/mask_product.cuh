@@ -1,0 +1,140 @@
+// Masks by a product: scores begin at 0 where a row sees a column, and at -57344^2 or less where
+// it does not, and the tensor cores make that from two thin matrices of bytes (e5m2). Both have an
+// *entry* per coordinate of the box of columns, those of its axes one after the other:
+//
+//   of a column   57344 at its own coordinate of every axis, and 0 elsewhere
+//   of a row      -57344 at the coordinates that it does not see, and 0 elsewhere
+//
+// The columns' matrix is the same for all boxes and stays in shared memory; the rows' is made in
+// registers, some thirty instructions instead of two or three for every score.
+#pragma once
+
+#include <cstdint>
+
+#include "tile.cuh"
+
+namespace jax_na::cuda::sm90 {
+
+constexpr int kMaskEntries = 32;
+
+// What is not seen gets this, once per axis. Scores that are seen are to be above half of it.
+constexpr float kMaskedScore = -57344.0f * 57344.0f;
+constexpr uint8_t kMaskByte = 0x7b;               // 57344 as e5m2
+constexpr uint32_t kMaskBytes = 0xfbfbfbfb;       // -57344, four times
+
+// Where entry e stands in a row of either matrix: a lane of wgmma holds bytes
+// 16 m + 4 (l % 4) + i, which are entries 8 i + 4 m + l % 4, as these are easily made of bits.
+__device__ __forceinline__ int mask_place(int e) {
+  return e % 8 / 4 * 16 + e % 4 * 4 + e / 8;
+}
+
+// What is no column of the box has a byte at the last entry, which no row sees.
+template <int kColumns>
+struct MaskColumns {
+  // Rows of 64 bytes, of which the first half is used.
+  using Rows = Block<32, kColumns>;
+  alignas(1024) uint8_t rows[Rows::kAllBytes];
+
+  // To be called by all `threads` of a CTA, who then synchronise.
+  __device__ __forceinline__ void fill(const Cut& cut, int threads) {
+    for (int column = threadIdx.x; column < kColumns; column += threads) {
+      for (int unit = 0; unit < 2; ++unit) {
+        *reinterpret_cast<uint4*>(rows + Rows::offset(column, unit)) = make_uint4(0, 0, 0, 0);
+      }
+      const auto set = [&](int entry) {
+        const int place = mask_place(entry);
+        rows[Rows::offset(column, place / 16) + place % 16] = kMaskByte;
+      };
+      int32_t at[kMaxRank];
+      cut.columns.point(column, at);
+      if (column >= cut.columns.size) {
+        set(kMaskEntries - 1);
+      } else {
+#pragma unroll
+        for (int a = 0; a < kMaxRank; ++a) {
+          if (a >= cut.group_axis) set(cut.first_entry[a] + at[a]);
+        }
+      }
+    }
+    ptx::fence_async_proxy();
+  }
+};
+
+// What the two rows of a lane see, a bit per coordinate from the start of the union.
+struct SeenBits {
+  uint32_t bits[2][kMaxRank];
+
+  template <int kGroups>
+  __device__ __forceinline__ void read(const TileTable<kGroups>& table, const RowView& view,
+                                       const Cut& cut) {
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      if (a < cut.group_axis) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const Seen seen = table.seen[view.entry[h][a]];
+        const int32_t lo = max(seen.lo, 0);
+        bits[h][a] = ptx::bit_run(lo, max(seen.hi - lo, 0));
+      }
+    }
+  }
+};
+
+// Whether that is enough up to the end of the last box, and a box has few enough coordinates.
+// Where columns are missing in a box, one entry more is needed.
+inline bool fits_mask_product(const Problem& p, const Cut& cut, int columns) {
+  int64_t entries = cut.columns.size < columns ? 1 : 0;
+  bool fits = true;
+  for (int a = cut.group_axis; a < kMaxRank; ++a) {
+    const AxisWindow& window = p.window[a];
+    const int64_t extent = cut.columns.extent[a];
+    const int64_t most = int64_t{cut.rows.extent[a]} + window.kernel_size + window.stride - 2;
+    fits = fits && (most + extent - 1) / extent * extent <= 32;
+    entries += extent;
+  }
+  return fits && entries <= kMaskEntries;
+}
+
+// The rows' operand, in the order of wgmma's registers: lane l has rows l / 4 and l / 4 + 8 of
+// its warp.
+struct MaskRows {
+  uint32_t operand[kMaskEntries / 8];
+
+  // For the box at hand; none of it is masked where not `in_grid`.
+  __device__ __forceinline__ void make(const SeenBits& seen, const BoxWalk& walk,
+                                       const Cut& cut, bool in_grid) {
+    uint32_t entries[2] = {0, 0};  // that are seen
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      if (a < cut.group_axis) continue;
+      const int32_t first = cut.first_entry[a];
+      const uint32_t own = ptx::bit_run(first, cut.columns.extent[a]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // The coordinate at the start of the box goes to the first entry.
+        entries[h] |= ptx::rotate_right(seen.bits[h][a], walk.at[a] - first) & own;
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t unseen = in_grid ? ~entries[h] : 0;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        // The highest bits of bytes become those of the entries, and then all of the bytes.
+        const uint32_t bits = unseen << (7 - 4 * m - threadIdx.x % 4);
+        operand[2 * m + h] = ptx::signs_of_bytes(bits) & kMaskBytes;
+      }
+    }
+  }
+
+  // Begins scores of the box; the products of its keys are to be added.
+  template <int kColumns>
+  __device__ __forceinline__ void begin_scores(float (&scores)[kColumns / 2],
+                                               const MaskColumns<kColumns>& columns) const {
+    using Rows = typename MaskColumns<kColumns>::Rows;
+    Product<kColumns>::begin_bytes(scores, operand,
+                                   Rows::by_channels(ptx::shared_address(columns.rows)));
+  }
+};
+
+}  // namespace jax_na::cuda::sm90
