@@ -175,9 +175,11 @@ def _terms(measurement: Measurement) -> dict[Any, float]:
     kernel = tiling.kernel
     rounds = _tiling_sm90.imbalance(tiling.tiles, kernel.pipelines, measurement.copies)
     dim = measurement.which.padded(measurement.case.head_dim)
+    visits = "product_cycles" if tiling.masks_by_product else "cycles"
+    masked = 0 if tiling.masks_by_product else tiling.masked_visits
     return {
-        ("cycles", dim, kernel.columns, kernel.groups): rounds * tiling.visits,
-        ("mask",): rounds * tiling.masked_visits * kernel.columns,
+        (visits, dim, kernel.columns, kernel.groups): rounds * tiling.visits,
+        ("mask",): rounds * masked * kernel.columns,
         ("tile",): rounds * tiling.tiles * kernel.groups,
         ("skip",): rounds * (tiling.loads * kernel.groups - tiling.visits),
     }

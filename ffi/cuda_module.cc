@@ -94,15 +94,21 @@ cudaError_t backward_fused(const BackwardCall& call, const ffi::Dictionary& attr
   const cuda::BackwardTiling plan = {tiling(attributes, p, "query_tile", "key_box"),
                                      tiling(attributes, p, "query_box", "key_tile"),
                                      splits("bias_splits"), splits("additional_splits")};
-  const int64_t size = cuda::backward_fused_workspace(call, plan);
+  const auto at_once = hopper_gradients(attributes, p);
+  const int64_t sums = at_once ? cuda::gradients_sm90_workspace(p) : 0;
+  const int64_t size = sums + cuda::backward_fused_workspace(call, plan);
   if (call.workspace_size < size) {
     refuse("the workspace must hold ", size, " elements, got ", call.workspace_size);
   }
   BackwardCall rest = call;
-  if (const auto hopper = hopper_backward(attributes, p)) {
-    const cudaError_t status = cuda::backward_sm90(call, *hopper, stream);
+  const auto apart = hopper_backward(attributes, p);
+  if (at_once || apart) {
+    const cudaError_t status =
+        at_once ? cuda::gradients_sm90(call, *at_once, call.workspace, stream)
+                : cuda::backward_sm90(call, *apart, stream);
     if (status != cudaSuccess) return status;
     rest.dquery = rest.dkey = rest.dvalue = nullptr;
+    rest.workspace += sums;
   }
   return cuda::backward_fused(rest, plan, attribute<bool>(attributes, "highest_precision"),
                               rest.workspace, stream);

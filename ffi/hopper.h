@@ -78,6 +78,17 @@ inline std::optional<cuda::HopperTiling> hopper_forward(const ffi::Dictionary& a
   return tiling;
 }
 
+// All gradients at once; comes before those apart.
+inline std::optional<cuda::HopperTiling> hopper_gradients(const ffi::Dictionary& attributes,
+                                                          const Problem& p) {
+  const auto tiling = hopper_tiling(attributes, p, "gradients");
+  if (!tiling || !is_compiled<cuda::sm90::Gradients, 32, 64, 128>(p, *tiling) ||
+      !device_is_hopper()) {
+    return std::nullopt;
+  }
+  return tiling;
+}
+
 inline std::optional<cuda::HopperBackwardTiling> hopper_backward(
     const ffi::Dictionary& attributes, const Problem& p) {
   const auto dquery = hopper_tiling(attributes, p, "dquery");

@@ -12,8 +12,8 @@ import numpy as np
 
 from jax_na import _ops, _primitives, _support, _tiling, _tiling_sm90, _window
 from jax_na._launches import Launch, hopper_launches, launches
-from jax_na._plan import Plan, make_plan
-from jax_na._problem import Operands, Problem
+from jax_na._plan import Plan, is_deterministic, make_plan
+from jax_na._problem import DIFFERENTIABLE, Operands, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Kernels:
 
     Attributes:
         boxes: of rows and columns that they work on, and the work that this makes, of
-            ``"forward"``, ``"dquery"`` and ``"dkey_dvalue"``; empty for kernels that do
-            not plan.
+            ``"forward"``, ``"dquery"`` and ``"dkey_dvalue"``, or ``"gradients"`` in place
+            of the last two; empty for kernels that do not plan.
         visited_over_useful: pairs that the forward kernel computes for each visible one,
             None likewise.
         forward: launches of the forward pass in their order, each with its shared memory.
@@ -234,16 +234,19 @@ def _hopper_kernels(
 ) -> tuple[Kernels | None, dict[str, str]]:
     """What runs on Hopper GPUs, if it is not portable, and why what is portable is."""
     boxes, refusals = _portable_boxes(plan), {}
-    functions = {"forward": plan.hopper_forward, "backward": plan.hopper_backward}
+    backward = plan.hopper_gradients_of(DIFFERENTIABLE, is_deterministic(problem))
+    functions = {"forward": plan.hopper_forward, "backward": backward}
     for function, tilings in functions.items():
         if isinstance(tilings, str):
             refusals[function] = tilings
-        else:
-            boxes.update(tilings)
+            continue
+        if "gradients" in tilings:
+            del boxes["dquery"], boxes["dkey_dvalue"]
+        boxes.update(tilings)
     if len(refusals) == len(functions):
         return None, refusals
     ratio = boxes["forward"].visited_pairs / visible_pairs
-    launches = hopper_launches(problem, operands, plan)
+    launches = hopper_launches(problem, operands, plan, backward)
     return Kernels(boxes, ratio, *launches), refusals
 
 

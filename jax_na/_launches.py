@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jax_na._plan import Plan
+from jax_na._plan import HopperTilings, Plan
 from jax_na._problem import Operands, Problem
 
 _LARGEST_SHARED_BIAS = 16 << 10  # as in cuda/fused/bias.cuh
@@ -143,21 +143,30 @@ def _key_and_value(name: str, apart: bool, size: int) -> list[Launch]:
 
 
 def hopper_launches(
-    problem: Problem, operands: Operands, plan: Plan
+    problem: Problem, operands: Operands, plan: Plan, tilings: HopperTilings
 ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-    """As :func:`launches`, of ``'fused'`` where the device is a Hopper GPU."""
+    """As :func:`launches`, of ``'fused'`` where the device is a Hopper GPU.
+
+    ``tilings`` are those of the gradients of query, key and value.
+    """
     forward = _fused_forward(problem, operands, plan)
     if not isinstance(plan.hopper_forward, str):
         forward = (Launch("forward", _HOPPER_SHARED),)
     backward = _fused_backward(problem, operands, plan)
-    if not isinstance(plan.hopper_backward, str):
+    if not isinstance(tilings, str):
         names = ("dquery", "dkey, dvalue", "dkey", "dvalue")
         rest = (
             Launch(launch.kernel.removeprefix("dquery, "), launch.shared_bytes)
             for launch in backward
             if launch.kernel not in names
         )
-        own = (Launch(name, _HOPPER_SHARED) for name in names[:2])
+        if "gradients" in tilings:
+            own = [
+                Launch("dquery, dkey, dvalue", _HOPPER_SHARED),
+                Launch("sum of dquery", 0),
+            ]
+        else:
+            own = [Launch(name, _HOPPER_SHARED) for name in names[:2]]
         backward = (*own, *rest)
     return forward, backward
 

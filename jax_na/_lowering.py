@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import types
 import warnings
 from typing import Any
@@ -14,7 +13,7 @@ from jax.interpreters import mlir
 
 from jax_na import _autodiff, _ffi, _gemm, _native, _support, _xla
 from jax_na._native import Kind, Result
-from jax_na._plan import make_plan, workspace_shape
+from jax_na._plan import is_deterministic, make_plan, workspace_shape
 from jax_na._primitives import (
     BROADCASTABLE,
     backward_p,
@@ -171,9 +170,10 @@ def _backward_native(
         for array in [getattr(operands, name)]
     ]
     plan = make_plan(implementation, platform, problem, operands)
+    deterministic = is_deterministic(problem)
     workspace = None
     if plan is not None:
-        workspace = workspace_shape(plan, problem, operands, wrt)
+        workspace = workspace_shape(plan, problem, operands, wrt, deterministic)
     if workspace is not None:
         results.append(Result(Kind.WORKSPACE, workspace, jnp.dtype("float32")))
     gradients = _native.call(
@@ -188,8 +188,8 @@ def _backward_native(
         (
             *_attributes(problem, present),
             ("wrt", tuple(int(name in wrt) for name in DIFFERENTIABLE)),
-            ("deterministic", _deterministic(problem)),
-            *(plan.backward_attributes if plan is not None else ()),
+            ("deterministic", deterministic),
+            *(plan.backward_attributes(wrt, deterministic) if plan is not None else ()),
         ),
         batch_rank=dout.ndim - problem.rank - 2,
         key_heads=operands.key.shape[-2],
@@ -209,19 +209,6 @@ def _summed_to(gradient: jax.Array, shape: tuple[Any, ...]) -> jax.Array:
         if size != full
     )
     return gradient.sum(axis=axes, keepdims=True) if axes else gradient
-
-
-def _deterministic(problem: Problem) -> bool:
-    """Whether gradients must not use atomics, resolved when the program is lowered."""
-    if problem.deterministic_grads is not None:
-        return problem.deterministic_grads
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    options = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
-    return any(
-        flag in (f"--{option}", f"--{option}=true", f"--{option}=1")
-        for flag in flags
-        for option in options
-    )
 
 
 # ---- Rules ---------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 from jax_na import _support, _tiling, _tiling_sm90
@@ -51,6 +52,8 @@ class Plan:
         hopper_forward: boxes ``"forward"``; or why the portable kernels run there too.
         hopper_backward: the same of the gradients of query, key and value, boxes
             ``"dquery"`` and ``"dkey_dvalue"``.
+        hopper_gradients: boxes ``"gradients"`` of the kernel that makes all three at once,
+            with sums in any order; or why those of ``hopper_backward`` make them always.
     """
 
     forward: _tiling.Tiling
@@ -60,6 +63,25 @@ class Plan:
     additional_splits: int
     hopper_forward: HopperTilings
     hopper_backward: HopperTilings
+    hopper_gradients: HopperTilings
+
+    def hopper_gradients_of(
+        self, wrt: Collection[str], deterministic: bool
+    ) -> HopperTilings:
+        """What makes the gradients of query, key and value on Hopper GPUs.
+
+        Args:
+            wrt: names of the operands whose gradients are asked for.
+            deterministic: whether sums must have a fixed order.
+        """
+        all_three = "query" in wrt and ("key" in wrt or "value" in wrt)
+        if (
+            all_three
+            and not deterministic
+            and not isinstance(self.hopper_gradients, str)
+        ):
+            return self.hopper_gradients
+        return self.hopper_backward
 
     @property
     def forward_attributes(self) -> Attributes:
@@ -70,9 +92,10 @@ class Plan:
             *_hopper_attributes(self.hopper_forward),
         )
 
-    @property
-    def backward_attributes(self) -> Attributes:
-        """What the custom call of the backward pass carries of it."""
+    def backward_attributes(
+        self, wrt: Collection[str], deterministic: bool
+    ) -> Attributes:
+        """The same of the backward pass; see :meth:`hopper_gradients_of`."""
         return (
             ("query_tile", self.dquery.row_tile),
             ("key_box", self.dquery.column_box),
@@ -80,7 +103,7 @@ class Plan:
             ("key_tile", self.dkey.row_tile),
             ("bias_splits", self.bias_splits),
             ("additional_splits", self.additional_splits),
-            *_hopper_attributes(self.hopper_backward),
+            *_hopper_attributes(self.hopper_gradients_of(wrt, deterministic)),
         )
 
 
@@ -98,7 +121,7 @@ def make_plan(
     dquery = _tiling.plan_rows_are_queries(queries, variant.dquery, model)
     dkey = _tiling.plan_rows_are_keys(keys, variant.dkey, model)
     hopper_forward: HopperTilings = f"{implementation!r} has no kernels for Hopper"
-    hopper_backward = hopper_forward
+    hopper_backward = hopper_gradients = hopper_forward
     if implementation == "fused":
         hopper_forward = _hopper_tilings(
             "forward", problem, operands, model, {_tiling_sm90.FORWARD: forward}
@@ -110,6 +133,7 @@ def make_plan(
             model,
             {_tiling_sm90.DQUERY: dquery, _tiling_sm90.DKEY_DVALUE: dkey},
         )
+        hopper_gradients = _gradients_tilings(problem, operands, hopper_backward)
     return Plan(
         forward,
         dquery,
@@ -118,6 +142,7 @@ def make_plan(
         _additional_splits(problem, operands),
         hopper_forward,
         hopper_backward,
+        hopper_gradients,
     )
 
 
@@ -163,16 +188,68 @@ def is_faster(cycles: float, portable_cycles: float) -> bool:
     return cycles <= portable_cycles
 
 
+def _gradients_tilings(
+    problem: Problem, operands: Operands, apart: HopperTilings
+) -> HopperTilings:
+    """All three gradients at once, instead of ``apart`` in two launches."""
+    if isinstance(apart, str):
+        return apart
+    if operands.additional_key is not None:
+        return "they do not take additional keys"
+    query, key, channels = operands.query, operands.key, _channels(operands)
+    members = query.shape[-2] // key.shape[-2]
+    axes, copies = _axes(problem, key, query), _copies(problem, key)
+    tiling = _tiling_sm90.plan(_tiling_sm90.GRADIENTS, channels, axes, copies, members)
+    queries = math.prod(query.shape[-problem.rank - 2 : -2])
+    summed = members * _tiling_sm90.sums(queries, query.shape[-1])
+    cycles = _tiling_sm90.GRADIENTS.cycles_of(tiling, copies)
+    cycles += _tiling_sm90.SUM_CYCLES * summed
+    apart_cycles = members * _tiling_sm90.DQUERY.cycles_of(
+        apart["dquery"], _copies(problem, query)
+    ) + _tiling_sm90.DKEY_DVALUE.cycles_of(apart["dkey_dvalue"], copies)
+    if is_faster_at_once(cycles, apart_cycles):
+        return {"gradients": tiling}
+    return (
+        f"by the planner's estimate it takes {cycles / apart_cycles:.2f} times as long "
+        "to make all gradients at once"
+    )
+
+
+def is_faster_at_once(cycles: float, apart_cycles: float) -> bool:
+    """Whether fewer products make up for sums in memory."""
+    return cycles <= apart_cycles
+
+
+def is_deterministic(problem: Problem) -> bool:
+    """Whether gradients must not use atomics, resolved when the program is lowered."""
+    if problem.deterministic_grads is not None:
+        return problem.deterministic_grads
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    options = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+    return any(
+        flag in (f"--{option}", f"--{option}=true", f"--{option}=1")
+        for flag in flags
+        for option in options
+    )
+
+
 def workspace_shape(
     plan: Plan,
     problem: Problem,
     operands: Operands,
     wrt: tuple[str, ...],
+    deterministic: bool,
 ) -> tuple[Any, ...] | None:
     """``[B or 1, K, elements]`` of the backward pass's partial sums; None for none."""
     *rows, key_heads, _ = operands.key.shape
     batch = tuple(rows[: -problem.rank])
-    bias = additional = 0
+    bias = samples = 0
+    hopper = plan.hopper_gradients_of(wrt, deterministic)
+    if not isinstance(hopper, str) and "gradients" in hopper:
+        *_, heads, head_dim = operands.query.shape
+        queries = math.prod(operands.query.shape[len(batch) : -2])
+        group = heads // key_heads
+        samples += group * _tiling_sm90.sums(queries, head_dim)
     if "bias" in wrt and plan.bias_splits > 1:
         group = operands.query.shape[-2] // key_heads
         bias = plan.bias_splits * group * math.prod(problem.bias_shape)
@@ -184,13 +261,13 @@ def workspace_shape(
         )
         if channels:
             tokens = operands.additional_key.shape[-3]
-            additional = plan.additional_splits * tokens * channels
-    if bias == additional == 0:
+            samples += plan.additional_splits * tokens * channels
+    if bias == samples == 0:
         return None
     if not bias or operands.bias.shape[: len(batch)] == batch:
-        return (*batch, key_heads, bias + additional)
+        return (*batch, key_heads, bias + samples)
     ones = (1,) * len(batch)
-    return (*ones, key_heads, bias + additional * math.prod(batch))
+    return (*ones, key_heads, bias + samples * math.prod(batch))
 
 
 def _channels(operands: Operands) -> int:

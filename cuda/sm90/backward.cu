@@ -1,6 +1,7 @@
 // Which Hopper kernels run a backward pass.
 #include "sm90.h"
 #include "streams.h"
+#include "sums.h"
 
 namespace jax_na::cuda {
 
@@ -18,7 +19,7 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
   if (call.dquery != nullptr && p.query_tokens() > 0) {
     status = make_query_streams(p, tiling.dquery, queries, call.in, &plan.streams);
     if (status != cudaSuccess) return status;
-    status = with_type_and_dim<128>(p, [&](auto variant) {
+    status = with_type_and_dim<32, 64, 96, 128>(p, [&](auto variant) {
       using V = decltype(variant);
       return launch_dquery<typename V::Type, V::kDim>(plan, tiling.dquery, stream);
     });
@@ -27,12 +28,47 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
   if ((call.dkey != nullptr || call.dvalue != nullptr) && p.key_tokens() > 0) {
     status = make_key_streams(p, tiling.dkey_dvalue, call.in, queries, &plan.streams);
     if (status != cudaSuccess) return status;
-    status = with_type_and_dim<128>(p, [&](auto variant) {
+    status = with_type_and_dim<32, 64, 96, 128>(p, [&](auto variant) {
       using V = decltype(variant);
       return launch_dkey_dvalue<typename V::Type, V::kDim>(plan, tiling.dkey_dvalue, stream);
     });
   }
   return status;
+}
+
+int64_t gradients_sm90_workspace(const Problem& p) {
+  return p.batch * p.query_tokens() * p.heads * padded_dim(p);
+}
+
+cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling, float* sums,
+                           cudaStream_t stream) {
+  const Problem& p = call.problem;
+  if (!supported(p) || p.additional > 0) return cudaErrorInvalidValue;
+  const int64_t size = gradients_sm90_workspace(p);
+  if (size > 0) {
+    const cudaError_t status = cudaMemsetAsync(sums, 0, size * sizeof(float), stream);
+    if (status != cudaSuccess) return status;
+  }
+  if (p.batch * p.key_tokens() * p.key_heads > 0) {
+    GradientsPlan plan{};
+    plan.call = call;
+    cudaError_t status = make_key_streams(p, tiling, call.in, {call.in.query, call.dout},
+                                          &plan.streams);
+    if (status != cudaSuccess) return status;
+    TokenBox box{{}, {}, kSumChannels};
+    for (int a = 0; a < kMaxRank; ++a) {
+      box.extent[a] = tiling.column_box[a];
+      box.dilation[a] = p.window[a].dilation;
+    }
+    status = make_sum_map(p, padded_dim(p), sums, box, &plan.sums);
+    if (status != cudaSuccess) return status;
+    status = with_type_and_dim<32, 64, 128>(p, [&](auto variant) {
+      using V = decltype(variant);
+      return launch_gradients<typename V::Type, V::kDim>(plan, tiling, stream);
+    });
+    if (status != cudaSuccess) return status;
+  }
+  return size > 0 ? round_sums(p, sums, call.dquery, stream) : cudaSuccess;
 }
 
 }  // namespace jax_na::cuda

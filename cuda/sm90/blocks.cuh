@@ -54,6 +54,18 @@ __device__ __forceinline__ void clear_padding(uint8_t* block, int32_t dim) {
   ptx::fence_async_proxy();
 }
 
+// Zeros for the rows of a warpgroup that have no token in the grid (see TileTable). As above.
+template <class Block>
+__device__ __forceinline__ void clear_absent(uint8_t* block, const int32_t* tokens) {
+  constexpr int kUnits = Block::kDim / 8;
+  for (int i = threadIdx.x % kGroupThreads; i < Block::kRows * kUnits; i += kGroupThreads) {
+    if (tokens[i / kUnits] >= 0) continue;
+    const int offset = Block::offset(i / kUnits, i % kUnits);
+    *reinterpret_cast<uint4*>(block + offset) = make_uint4(0, 0, 0, 0);
+  }
+  ptx::fence_async_proxy();
+}
+
 // Zeros for the columns of the box at hand that hang over the end of the union: where a frame
 // ends there, the array may hold anything beyond, and a weight of 0 does not silence NaN. As
 // above.

@@ -15,19 +15,20 @@
 
 namespace jax_na::cuda::sm90 {
 
-struct DKeyPass {
+struct DKeyPass : PlainPass {
   using Plan = BackwardPlan;
   template <int kDim>
   using Variants = DKey<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
+  template <int>
+  static constexpr int kRowTiles = 2;
+  template <int, int, int>
+  static constexpr int kExchange = 0;
+  template <int kColumns>
+  static constexpr int kStatistics = sizeof(ColumnStatistics<kColumns>);
   // The queries of a box, and both blocks of the next.
   static constexpr int kLeastSlots = 3;
-
-  template <int kDim>
-  static constexpr bool kMaskProduct = false;
-  template <class S>
-  using Constants = NoConstants;
 
   template <class S>
   struct Statistics {
@@ -80,7 +81,6 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
     const uint32_t keys = ptx::shared_address(own.rows(stage, 0));
     const uint32_t values = ptx::shared_address(own.rows(stage, 1));
     view.read(table, cut);
-    view.find_common(cut);
     const int32_t boxes = uniform(table.visits.boxes);
     const int32_t first = uniform(table.first_box[group]),
                   last = uniform(table.last_box[group]);

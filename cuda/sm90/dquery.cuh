@@ -13,19 +13,21 @@
 
 namespace jax_na::cuda::sm90 {
 
-struct DQueryPass {
+struct DQueryPass : PlainPass {
   using Plan = BackwardPlan;
   template <int kDim>
   using Variants = DQuery<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 2;
+  template <int>
+  static constexpr int kRowTiles = 2;
+  template <int, int, int>
+  static constexpr int kExchange = 0;
+  template <int>
+  static constexpr int kStatistics = 0;
   // The keys of a box, both blocks of the next, one more.
   static constexpr int kLeastSlots = 4;
 
-  template <int kDim>
-  static constexpr bool kMaskProduct = false;
-  template <class S>
-  using Constants = NoConstants;
   template <class S>
   using Statistics = NoStatistics;
   template <class S>
@@ -71,7 +73,6 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     const uint32_t queries = ptx::shared_address(own.rows(stage, 0));
     const uint32_t douts = ptx::shared_address(own.rows(stage, 1));
     view.read(table, cut);
-    view.find_common(cut);
     float lse[2], delta[2];  // lse in log2 units, and +inf, so that weights are 0, for -inf
     const int64_t first_row = table.batch * p.query_tokens() * p.heads + table.head;
 #pragma unroll

@@ -16,7 +16,7 @@ cudaError_t forward_sm90(const ForwardCall& call, const HopperTiling& tiling,
   const cudaError_t status =
       make_query_streams(p, tiling, {call.in.query, nullptr}, call.in, &plan.streams);
   if (status != cudaSuccess) return status;
-  return with_type_and_dim<256>(p, [&](auto variant) {
+  return with_type_and_dim<32, 64, 96, 128, 192, 256>(p, [&](auto variant) {
     using V = decltype(variant);
     return launch_forward<typename V::Type, V::kDim>(plan, tiling, stream);
   });

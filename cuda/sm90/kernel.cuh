@@ -1,10 +1,17 @@
 // The kernel of every pass, and its launch. A pass says in a class of its own
 //
 //   Plan, Variants<kDim>        its parameters, and what is compiled
-//   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are
+//   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are:
+//                               queries alone, queries and output gradients, or keys and values
+//   kRowTiles<kDim>             tiles whose rows are there at once, 1 or 2
 //   kLeastSlots                 of the ring, so that the walk does not stall
-//   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it
-//   Constants<S>                what consumers multiply with beside what comes
+//   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
+//   kStatistics<kColumns>       its bytes per slot
+//   kExchange<kDim, kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
+//   kMaskProduct<kDim>          whether there are kernels that mask by a product, for the plans
+//   masks_by_product()          that this accepts
+//   Constants<S>                operands that are the same for all tiles;
+//   kConstants<kDim, kColumns>  their bytes
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 
@@ -19,6 +26,16 @@ namespace jax_na::cuda::sm90 {
 
 struct NoConstants {
   __device__ __forceinline__ void fill(const Cut&, int) {}
+};
+
+// What a pass says that neither masks by products nor has constants.
+struct PlainPass {
+  template <int>
+  static constexpr bool kMaskProduct = false;
+  template <int, int>
+  static constexpr int kConstants = 0;
+  template <class S>
+  using Constants = NoConstants;
 };
 
 template <class Pass, class S>
@@ -51,6 +68,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto& shared = *reinterpret_cast<Shared<Pass, S>*>(memory);
   const Streams& streams = plan.streams;
   const Problem& p = plan.call.problem;
+  if (threadIdx.x == S::kThreads - 1) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (k < S::kRowArrays) ptx::prefetch_map(&streams.row[k]);
+      ptx::prefetch_map(&streams.column[k]);
+    }
+  }
   shared.constants.fill(streams.cut, S::kThreads);
   init<S>(shared.pipeline, streams.cut);
   if constexpr (!S::kMaskProduct) {
@@ -100,7 +124,7 @@ cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& til
                         cudaStream_t stream) {
   return with_variant<typename Pass::template Variants<kDim>>(tiling, [&](auto variant) {
     const auto launch = [&](auto has_bias, auto mask_product) {
-      using S = Shape<T, kDim, Pass::kRowArrays, decltype(variant), decltype(has_bias)::value,
+      using S = Shape<T, kDim, Pass, decltype(variant), decltype(has_bias)::value,
                       decltype(mask_product)::value>;
       static_assert(sizeof(Shared<Pass, S>) <= kSharedMemory);
       static_assert(S::kSlots >= Pass::kLeastSlots);

@@ -19,14 +19,13 @@ namespace jax_na::cuda::sm90 {
 
 constexpr int kSharedMemory = 227 * 1024;
 
-// kRowArrays: queries alone, or queries and output gradients, or keys and values.
 // kMaskProduct: see mask_product.cuh; never with a bias.
-template <typename T_, int kDim_, int kRowArrays_, class Variant, bool kHasBias_,
+template <typename T_, int kDim_, class Pass, class Variant, bool kHasBias_,
           bool kMaskProduct_ = false>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
-  static constexpr int kRowArrays = kRowArrays_;
+  static constexpr int kRowArrays = Pass::kRowArrays;
   static constexpr int kColumns = Variant::kColumns;
   static constexpr int kGroups = Variant::kGroups;  // consumer warpgroups of a pipeline
   static constexpr int kPipelines = Variant::kPipelines;
@@ -45,25 +44,29 @@ struct Shape {
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
-  // Of which rows and tables are there at once: more where tiles are short and rows small.
-  static constexpr int kTiles = kDim == 32 && kPipelines > 1 ? 4 : 2;
-  static constexpr int kFixed = kTiles * kGroups * kRowArrays * Rows::kAllBytes;
+  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;  // whose rows are there at once,
+  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;      // and tables
+  static_assert(kRowTiles == 1 || kRowTiles == kTiles);
+  static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
+  static constexpr int kFixed =
+      kRowTiles * kGroups * kRowArrays * Rows::kAllBytes + kExchange;
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
-  // What a pass multiplies with, at most: rows of masks, and of ones.
-  static constexpr int kConstants = kDim <= 64 ? kColumns * 64 + 4 * 1024 : 0;
-  // All else, at most.
-  static constexpr int kTables =
-      kTiles * kBias * 4 + 3 * 1024 * kGroups + 1024 +
-      (6 * 1024 + kConstants) / kPipelines;
+  // Of a pipeline, and all else, at most: barriers, sets of columns, constants, alignment.
+  static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + kBias * 4);
+  static constexpr int kElse =
+      1536 + (24 * kColumns + 1536 + Pass::template kConstants<kDim, kColumns>) / kPipelines;
   static constexpr int kFit =
-      (kSharedMemory / kPipelines - kTables - kFixed) / Columns::kAllBytes;
+      (kSharedMemory / kPipelines - kFixed - kTables - kElse) /
+      (Columns::kAllBytes + Pass::template kStatistics<kColumns>);
   static constexpr int kSlots = kFit < 8 ? kFit : 8;
 
   struct Pipeline {
     // Where results are put in the end.
-    alignas(1024) uint8_t row[kTiles][kRowArrays][kGroups][Rows::kAllBytes];
+    alignas(1024) uint8_t row[kRowTiles][kRowArrays][kGroups][Rows::kAllBytes];
     alignas(1024) uint8_t column[kSlots][Columns::kAllBytes];
+    alignas(1024) uint8_t exchange[kExchange > 0 ? kExchange : 1];
     Ring<kSlots> ring;
+    uint64_t table_full[kTiles];                     // for a warp that brings columns
     uint64_t tile_full[kTiles], tile_empty[kTiles];  // rows and table
     TileTable<kGroups> table[kTiles];
     float bias[kTiles][kBias];  // of the heads of a tile
@@ -78,13 +81,14 @@ struct NoStatistics {
   __device__ __forceinline__ void put(uint32_t) {}
 };
 
-// Fills the table of a tile and starts the copies of its rows.
+// Fills the table of tile `round` and starts the copies of its rows.
 template <class S, Side kRowsAre>
 __device__ __forceinline__ Visits bring_rows(const Streams& streams, const Problem& p,
                                              const void* bias, typename S::Pipeline& pipeline,
-                                             const TilePlace& place, uint32_t stage) {
+                                             const TilePlace& place, uint32_t round) {
   using Rows = typename S::Rows;
   const Cut& cut = streams.cut;
+  const uint32_t stage = round % S::kTiles;
   const Visits visits = fill_table<kRowsAre>(&pipeline.table[stage], p, cut, place);
   if constexpr (S::kHasBias) {
     const int32_t heads = kRowsAre == Side::kKeys ? streams.members : 1;
@@ -97,6 +101,11 @@ __device__ __forceinline__ Visits bring_rows(const Streams& streams, const Probl
   }
   __syncwarp();
   if (threadIdx.x % kWarpLanes != 0) return visits;
+  ptx::barrier_arrive(&pipeline.table_full[stage]);
+  if (S::kRowTiles == 1 && round > 0) {  // the rows of the tile before lie there
+    const uint32_t before = round - 1;
+    ptx::barrier_wait(&pipeline.tile_empty[before % S::kTiles], before / S::kTiles % 2);
+  }
   uint64_t* full = &pipeline.tile_full[stage];
   ptx::barrier_expect(full, S::kRowArrays * S::kGroups * box_bytes<Rows>(cut.rows.size));
 #pragma unroll
@@ -109,7 +118,7 @@ __device__ __forceinline__ Visits bring_rows(const Streams& streams, const Probl
     }
 #pragma unroll
     for (int k = 0; k < S::kRowArrays; ++k) {
-      copy_block<Rows>(pipeline.row[stage][k][g], &streams.row[k], full,
+      copy_block<Rows>(pipeline.row[stage % S::kRowTiles][k][g], &streams.row[k], full,
                        place.head * streams.dim[k], at, static_cast<int32_t>(place.batch));
     }
   }
@@ -179,13 +188,14 @@ __device__ __forceinline__ void produce_tiles(const Streams& streams, const Prob
   for (; tile < streams.tiles; tile += gridDim.x * S::kPipelines) {
     const TilePlace place(tile, streams.cut.ctas, p.window, streams.group, streams.key_heads);
     if (!place.exists(Sides<kRowsAre>::row_grid(p))) continue;
-    const uint32_t stage = wait_for_stage();
-    then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, stage), place);
+    wait_for_stage();
+    then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, round), place);
     ++round;
   }
   const uint32_t stage = wait_for_stage();
   if (threadIdx.x % kWarpLanes == 0) {
     pipeline.table[stage].end = true;
+    ptx::barrier_arrive(&pipeline.table_full[stage]);
     ptx::barrier_arrive(&pipeline.tile_full[stage]);
   }
 }
@@ -198,7 +208,7 @@ __device__ __forceinline__ void produce_columns(const Streams& streams, const Pr
   uint32_t position = 0;
   for (uint32_t round = 0;; ++round) {
     const uint32_t stage = round % S::kTiles;
-    ptx::barrier_wait(&pipeline.tile_full[stage], round / S::kTiles % 2);
+    ptx::barrier_wait(&pipeline.table_full[stage], round / S::kTiles % 2);
     const auto& table = pipeline.table[stage];
     if (table.end) return;
     const Visits visits = uniform(table.visits);
@@ -264,7 +274,7 @@ struct Consumer {
     if (elected()) ptx::barrier_arrive(&pipeline.tile_empty[stage]);
   }
   __device__ __forceinline__ uint8_t* rows(uint32_t stage, int array) {
-    return pipeline.row[stage][array][group];
+    return pipeline.row[stage % S::kRowTiles][array][group];
   }
 
   __device__ __forceinline__ uint8_t* block(uint32_t position) {
@@ -306,6 +316,7 @@ __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipel
     for (auto& pipeline : pipelines) {
       pipeline.ring.init(S::kGroups * kGroupWarps);
       for (int i = 0; i < S::kTiles; ++i) {
+        ptx::barrier_init(&pipeline.table_full[i], 1);
         ptx::barrier_init(&pipeline.tile_full[i], 1);
         // A warp that brings columns needs the table, too.
         ptx::barrier_init(&pipeline.tile_empty[i],
@@ -318,7 +329,7 @@ __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipel
     clear_rest<typename S::Columns, S::kThreads>(pipeline.column[0], S::kSlots,
                                                  cut.columns.size);
     clear_rest<typename S::Rows, S::kThreads>(
-        pipeline.row[0][0][0], S::kTiles * S::kRowArrays * S::kGroups, cut.rows.size);
+        pipeline.row[0][0][0], S::kRowTiles * S::kRowArrays * S::kGroups, cut.rows.size);
   }
   ptx::fence_async_proxy();
 }

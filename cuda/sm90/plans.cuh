@@ -29,6 +29,12 @@ struct BackwardPlan {
   BackwardCall call;
 };
 
+struct GradientsPlan {
+  Streams streams;
+  BackwardCall call;
+  CUtensorMap sums;  // of the gradient of queries, see sums.h
+};
+
 // Each launches the kernel that was compiled for the tiling's columns and groups;
 // cudaErrorInvalidValue where there is none.
 template <typename T, int kDim>
@@ -40,5 +46,8 @@ cudaError_t launch_dquery(const BackwardPlan& plan, const HopperTiling& tiling,
 template <typename T, int kDim>
 cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, const HopperTiling& tiling,
                                cudaStream_t stream);
+template <typename T, int kDim>
+cudaError_t launch_gradients(const GradientsPlan& plan, const HopperTiling& tiling,
+                             cudaStream_t stream);
 
 }  // namespace jax_na::cuda::sm90

@@ -54,6 +54,11 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 
 // ---- Tensor copies ---------------------------------------------------------------------
 
+// prefetch.tensormap: so that the first copy does not wait for the map.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
 // cp.async.bulk.tensor.5d: a box from global to shared memory; completes on `barrier`. What
 // lies outside the tensor becomes zeros.
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier,
@@ -79,6 +84,34 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
                    address),
                "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// cp.reduce.async.bulk.tensor.5d.add: adds a box of floats in shared memory to one in global
+// memory, in any order. The box may end outside the tensor but has to begin inside.
+__device__ __forceinline__ void add_box(const CUtensorMap* map, uint32_t from, int32_t channel,
+                                        const int32_t (&at)[3], int32_t batch) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.bulk_group "
+      "[%0, {%1, %2, %3, %4, %5}], [%6];\n" ::"l"(map),
+      "r"(channel), "r"(at[2]), "r"(at[1]), "r"(at[0]), "r"(batch), "r"(from)
+      : "memory");
+}
+
+// cp.async.bulk.commit_group and wait_group.read: the thread's additions so far have read their
+// shared memory.
+__device__ __forceinline__ void additions_commit() {
+  asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");
+}
+__device__ __forceinline__ void additions_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory");
+}
+
+// st.shared.v4.f32
+__device__ __forceinline__ void store_shared(uint32_t address, float a, float b, float c,
+                                             float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(a), "f"(b),
+               "f"(c), "f"(d)
                : "memory");
 }
 

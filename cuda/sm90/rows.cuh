@@ -1,4 +1,4 @@
-// Rows of a warpgroup's products on their way to global memory.
+// Rows of a warpgroup's products on their way to other warpgroups or to global memory.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,23 @@ __device__ __forceinline__ void put_rows(uint8_t* block, const float (&d)[kCount
       w[j] = pack<T>(d[at] * factor[j % 2], d[at + 1] * factor[j % 2]);
     }
     ptx::store_matrices(Block::add_units(first, n), w[0], w[1], w[2], w[3]);
+  }
+}
+
+// Puts a row operand, as pack_all makes it, into a block of 16-bit elements, the warpgroup's
+// first row into row `first`. Only the rows of the warp are touched.
+template <class Block, int kCount>
+__device__ __forceinline__ void put_operand(uint32_t block, int first,
+                                            const uint32_t (&operand)[kCount]) {
+  static_assert(kCount == Block::kDim / 4);
+  const int lane = threadIdx.x % kWarpLanes;
+  const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
+  const int row = first + warp_row + lane % 16;
+#pragma unroll
+  for (int m = 0; m < kCount / 2; m += 2) {
+    const uint32_t* own = operand + 2 * m;
+    ptx::store_matrices(block + Block::offset(row, m + lane / 16), own[0], own[1], own[2],
+                        own[3]);
   }
 }
 

@@ -36,4 +36,11 @@ struct HopperBackwardTiling {
 cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& tiling,
                           cudaStream_t stream);
 
+// All three gradients in one walk, those of the queries as sums in any order, so that reruns
+// differ by rounding. `sums` is scratch memory of so many floats. Head dimensions and bias as
+// above; no additional keys.
+int64_t gradients_sm90_workspace(const Problem& p);
+cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling, float* sums,
+                           cudaStream_t stream);
+
 }  // namespace jax_na::cuda

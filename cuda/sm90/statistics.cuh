@@ -45,18 +45,18 @@ struct StatisticsReader {
     const Problem& p = call.problem;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      int32_t token = 0;
       bool exists = true;
+      int32_t index = 0;
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
         const int32_t own = at[a] + offset[i][a];
         exists = exists && own >= 0 && own < p.query_grid[a];
-        token = token * p.query_grid[a] + own;
+        index = index * p.query_grid[a] + own;
       }
       lse[i] = -kInfinity;
       delta[i] = 0;
       if (!exists) continue;
-      const int64_t row = (batch * p.query_tokens() + token) * p.heads + head;
+      const int64_t row = (batch * p.query_tokens() + index) * p.heads + head;
       lse[i] = static_cast<const float*>(call.lse)[row];
       delta[i] = static_cast<const float*>(call.delta)[row];
     }

@@ -31,31 +31,17 @@ struct TypeAndDim {
   static constexpr int kDim = kPaddedDim;
 };
 
-// Calls launch(TypeAndDim) for the element type and padded head dimension of a problem, of
-// those up to kLargest.
-template <int kLargest, class Launch>
+// Calls launch(TypeAndDim) for the element type and padded head dimension of a problem, which
+// is one of kDims; cudaErrorInvalidValue if not.
+template <int... kDims, class Launch>
 cudaError_t with_type_and_dim(const Problem& p, const Launch& launch) {
-  const auto with_type = [&](auto type) -> cudaError_t {
-    using T = decltype(type);
-    switch (padded_dim(p)) {
-      case 32:
-        return launch(TypeAndDim<T, 32>{});
-      case 64:
-        return launch(TypeAndDim<T, 64>{});
-      case 96:
-        return launch(TypeAndDim<T, 96>{});
-      case 128:
-        return launch(TypeAndDim<T, 128>{});
-    }
-    if constexpr (kLargest > 128) {
-      switch (padded_dim(p)) {
-        case 192:
-          return launch(TypeAndDim<T, 192>{});
-        case 256:
-          return launch(TypeAndDim<T, 256>{});
-      }
-    }
-    return cudaErrorInvalidValue;
+  const auto with_type = [&](auto type) {
+    cudaError_t status = cudaErrorInvalidValue;
+    const auto attempt = [&](auto candidate) {
+      if (decltype(candidate)::kDim == padded_dim(p)) status = launch(candidate);
+    };
+    (attempt(TypeAndDim<decltype(type), kDims>{}), ...);
+    return status;
   };
   return p.element_type == ElementType::kBF16 ? with_type(__nv_bfloat16{})
                                               : with_type(__half{});

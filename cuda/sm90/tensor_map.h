@@ -27,4 +27,8 @@ cudaError_t make_tensor_maps(const Problem& p, const int32_t (&grid)[kMaxRank], 
                              const void* const (&arrays)[2], const TokenBox& box,
                              CUtensorMap (&maps)[2]);
 
+// The map of sums [batch, *query_grid, heads, channels] of float32, see sums.h.
+cudaError_t make_sum_map(const Problem& p, int32_t channels, const float* sums,
+                         const TokenBox& box, CUtensorMap* map);
+
 }  // namespace jax_na::cuda::sm90

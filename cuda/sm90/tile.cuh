@@ -325,19 +325,17 @@ struct RowView {
     }
   }
 
+  // `exists` tells of both rows whether they see anything.
   template <int kGroups>
-  __device__ __forceinline__ void read(const TileTable<kGroups>& table, const Cut& cut) {
+  __device__ __forceinline__ void read(const TileTable<kGroups>& table, const Cut& cut,
+                                       const bool (&exists)[2] = {true, true}) {
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       if (a < cut.group_axis) continue;  // the grid has no such axis
 #pragma unroll
-      for (int h = 0; h < 2; ++h) seen[h][a] = table.seen[entry[h][a]];
-    }
-  }
-  __device__ __forceinline__ void find_common(const Cut& cut) {
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      if (a < cut.group_axis) continue;
+      for (int h = 0; h < 2; ++h) {
+        seen[h][a] = exists[h] ? table.seen[entry[h][a]] : Seen{0, 0};
+      }
       common[a].lo = ptx::warp_max(max(seen[0][a].lo, seen[1][a].lo));
       common[a].hi = ptx::warp_min(min(seen[0][a].hi, seen[1][a].hi));
     }

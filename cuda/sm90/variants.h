@@ -79,6 +79,21 @@ struct DKey<128> {
   static constexpr Variant kList[] = {{64, 2, 1}};
 };
 
+template <int kDim>
+struct Gradients;
+template <>
+struct Gradients<32> {
+  static constexpr Variant kList[] = {{64, 1, 3}};
+};
+template <>
+struct Gradients<64> {
+  static constexpr Variant kList[] = {{64, 1, 2}, {64, 2, 1}, {128, 2, 1}};
+};
+template <>
+struct Gradients<128> {
+  static constexpr Variant kList[] = {{64, 2, 1}};
+};
+
 // Head and value dimensions are padded to one of these; 0 where they are too large.
 inline int padded_dim(const Problem& p) {
   const int dim = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;

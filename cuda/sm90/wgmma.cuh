@@ -240,18 +240,6 @@ __device__ __forceinline__ void multiply_rows(float (&d)[B::kDim / 2],
   }
 }
 
-// Ones for the 16 rows of a step, where multiply_rows_and_sum expects a further block.
-template <typename T, class B>
-struct Ones {
-  static constexpr int kBytes = 16 * B::kRowBytes;
-  alignas(1024) uint32_t pair[kBytes / 4];
-
-  __device__ __forceinline__ void fill(int threads) {
-    constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
-    for (int i = threadIdx.x; i < kBytes / 4; i += threads) pair[i] = kOne << 16 | kOne;
-  }
-};
-
 // The same, and in the last four elements of d the sums of the rows of a: the 8 columns after
 // those of b are ones, which lie behind b in shared memory.
 template <typename T, class B>
@@ -268,6 +256,19 @@ __device__ __forceinline__ void multiply_rows_and_sum(float (&d)[B::kDim / 2 + 4
   }
 }
 
+// The same with a in shared memory, of which the 64 rows from row `first` on are multiplied.
+template <typename T, class A, class B>
+__device__ __forceinline__ void multiply_rows(float (&d)[B::kDim / 2], uint32_t a, int first,
+                                              uint32_t b) {
+  static_assert(A::kDim == B::kRows);
+  const uint64_t rows = A::by_channels(a + first * A::kRowBytes);
+#pragma unroll
+  for (int k = 0; k < B::kRows / 16; ++k) {
+    Product<B::kDim>::template add<T, false, true>(d, rows + A::channel_step(k),
+                                                   B::by_rows(b) + B::row_step(k), true);
+  }
+}
+
 // Two floats as one register of T; the first in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -278,6 +279,16 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
+}
+
+// The two floats of a register of T.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(reinterpret_cast<const __half2&>(packed));
+  } else {
+    return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+  }
 }
 
 // A product as the row operand of the next.

@@ -300,6 +300,9 @@ class Check {
     call.dquery = gradients[0];
     call.dkey = gradients[1];
     call.dvalue = gradients[2];
+    const bool in_one_walk = line_.words.count("gradients_groups") != 0;
+    const HopperTiling walk = in_one_walk ? line_.tiling("gradients") : HopperTiling{};
+    float* sums = in_one_walk ? memory_.take<float>(gradients_sm90_workspace(p)) : nullptr;
     if (timed_) {  // of any numbers
       require(cudaMemset(lse, 0, queries_ * sizeof(float)));
       require(cudaMemset(delta, 0, queries_ * sizeof(float)));
@@ -309,6 +312,9 @@ class Check {
       own = call;
       own.dquery = nullptr;
       time("dkey_dvalue", [&] { return backward_sm90(own, tiling, nullptr); });
+      if (in_one_walk) {
+        time("gradients", [&] { return gradients_sm90(call, walk, sums, nullptr); });
+      }
       return true;
     }
     double* wide_out = memory_.take<double>(queries_ * p.value_dim);
@@ -333,11 +339,21 @@ class Check {
     wide.dkey = wide_gradients[1];
     wide.dvalue = wide_gradients[2];
     require(backward_naive(wide, nullptr));
-    require(backward_sm90(call, tiling, nullptr));
     bool right = true;
-    const char* names[3] = {"dquery", "dkey", "dvalue"};
-    for (int i = 0; i < 3; ++i) {
-      right = close(names[i], gradients[i], wide_gradients[i], counts[i], kTolerance) && right;
+    const auto check = [&](const std::string& prefix) {
+      const char* names[3] = {"dquery", "dkey", "dvalue"};
+      for (int i = 0; i < 3; ++i) {
+        right = close((prefix + names[i]).c_str(), gradients[i], wide_gradients[i], counts[i],
+                      kTolerance) &&
+                right;
+        require(cudaMemset(gradients[i], 0xff, counts[i] * sizeof(T)));
+      }
+    };
+    require(backward_sm90(call, tiling, nullptr));
+    check("");
+    if (in_one_walk) {
+      require(gradients_sm90(call, walk, sums, nullptr));
+      check("in one walk ");
     }
     return right;
   }

@@ -20,7 +20,14 @@ from typing import Any
 
 from jax_na import _tiling_sm90
 from jax_na._tiling import Axis
-from jax_na._tiling_sm90 import DKEY_DVALUE, DQUERY, FORWARD, Kernel, Pass
+from jax_na._tiling_sm90 import (
+    DKEY_DVALUE,
+    DQUERY,
+    FORWARD,
+    GRADIENTS,
+    Kernel,
+    Pass,
+)
 
 CASES = pathlib.Path(__file__).parents[2] / "benchmarks" / "cases.json"
 MAX_RANK = 3
@@ -114,6 +121,8 @@ def _random_problem(choice: random.Random, passes: Sequence[Pass]) -> dict[str, 
         **frame,
     }
     for which in passes:
+        if which is GRADIENTS and problem["additional"]:
+            continue
         kernel = choice.choice(which.kernels[which.padded(max(head_dim, value_dim))])
         rows, columns = query_grid, grid
         if which.rows_are_keys:
@@ -134,7 +143,7 @@ def random_problems(count: int, seed: int) -> Iterator[dict[str, Any]]:
         if i % 2 == 0:
             name, passes = "forward", (FORWARD,)
         else:
-            name, passes = "backward", (DQUERY, DKEY_DVALUE)
+            name, passes = "backward", (DQUERY, DKEY_DVALUE, GRADIENTS)
         yield {
             "name": f"random_{seed}_{i}",
             "pass": name,
@@ -189,15 +198,17 @@ def case_problems(most: int) -> Iterator[dict[str, Any]]:
             "is_causal": _three([0] * len(grid), 0),
             "bias": 0,
         }
-        forward, dquery, dkey = (
+        forward, *backward = (
             _tilings(which, case["hd"], axes, case["B"] * heads, most)
-            for which in (FORWARD, DQUERY, DKEY_DVALUE)
+            for which in (FORWARD, DQUERY, DKEY_DVALUE, GRADIENTS)
         )
         for tiling in forward:
             name = f"{case['name']}/{'/'.join(map(str, tiling.values()))}"
             yield {"name": name, "pass": "forward", **problem, **tiling}
-        for pair in itertools.zip_longest(dquery, dkey):
-            tiling = (pair[0] or dquery[0]) | (pair[1] or dkey[0])
+        for tilings in itertools.zip_longest(*backward):
+            tiling = {}
+            for own, (first, *_) in zip(tilings, backward):
+                tiling |= own or first
             name = f"{case['name']}/{'/'.join(map(str, tiling.values()))}"
             yield {"name": name, "pass": "backward", **problem, **tiling}
 

@@ -1,0 +1,8 @@
+#include "gradients.cuh"
+
+namespace jax_na::cuda::sm90 {
+
+template cudaError_t launch_gradients<__nv_bfloat16, 64>(
+    const GradientsPlan&, const HopperTiling&, cudaStream_t);
+
+}  // namespace jax_na::cuda::sm90
