@@ -29,6 +29,10 @@ MOST_SPANNED, LARGEST_DILATION = 256, 8
 #: To which head dimensions are filled up.
 PADDED_DIMS = (32, 64, 96, 128, 192, 256)
 
+#: Coordinates of a box of columns whose masks are a product, over all axes; and columns of
+#: an axis that the rows of a box may see then.
+MASK_ENTRIES, MOST_SEEN = 32, 32
+
 #: Entries of the tables of bias that a CTA holds, one table for every head of columns that
 #: a head of rows has.
 LARGEST_BIAS = 512
@@ -50,6 +54,8 @@ class Kernel:
             takes ``groups * pipelines`` times as long, as that many are under way.
         together: whether every warpgroup visits what any of a pipeline sees, instead of
             skipping what it does not see itself.
+        product_cycles: of a visit whose mask is a product, of which the kernel has a form of
+            its own; None where it has not.
     """
 
     columns: int
@@ -57,6 +63,7 @@ class Kernel:
     pipelines: int
     cycles: int
     together: bool = False
+    product_cycles: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +115,21 @@ class Pass:
         return channels <= PADDED_DIMS[-1] and self.padded(channels) in self.kernels
 
     def cycles(
-        self, kernel: Kernel, tiles: Any, loads: Any, visits: Any, masked_visits: Any
+        self,
+        kernel: Kernel,
+        tiles: Any,
+        loads: Any,
+        visits: Any,
+        masked_visits: Any,
+        masks_by_product: Any,
     ) -> Any:
         """Of all multiprocessors together, from counts or arrays of counts."""
+        selecting = visits * kernel.cycles + masked_visits * (
+            self.costs.mask * kernel.columns
+        )
+        multiplying = visits * (kernel.product_cycles or 0)
         return (
-            visits * kernel.cycles
-            + masked_visits * (self.costs.mask * kernel.columns)
+            np.where(masks_by_product, multiplying, selecting)
             + tiles * (kernel.groups * self.costs.tile)
             + (loads * kernel.groups - visits) * self.costs.skip
         )
@@ -122,7 +138,8 @@ class Pass:
         """Until the last CTA is done, per head and sample; of all multiprocessors."""
         kernel, tiles = tiling.kernel, tiling.tiles
         counts = (tiles, tiling.loads, tiling.visits, tiling.masked_visits)
-        return self.cycles(kernel, *counts) * imbalance(tiles, kernel.pipelines, copies)
+        cycles = float(self.cycles(kernel, *counts, tiling.masks_by_product))
+        return cycles * imbalance(tiles, kernel.pipelines, copies)
 
     def portable_cycles_of(
         self, tiling: _tiling.Tiling, cost: float, channels: int, copies: int | None
@@ -135,14 +152,17 @@ class Pass:
 FORWARD = Pass(
     "forward",
     False,
-    Costs(mask=2.4, tile=1750, skip=880),
+    Costs(mask=2.4, tile=1400, skip=880),
     {
-        32: (Kernel(64, 1, 4, 360), Kernel(112, 1, 3, 590)),
+        32: (
+            Kernel(64, 1, 4, 360, product_cycles=370),
+            Kernel(112, 1, 3, 590, product_cycles=650),
+        ),
         64: (
-            Kernel(64, 1, 3, 620),
-            Kernel(80, 1, 3, 710),
-            Kernel(96, 1, 3, 850),
-            Kernel(112, 1, 3, 920),
+            Kernel(64, 1, 3, 600, product_cycles=560),
+            Kernel(80, 1, 3, 690, product_cycles=670),
+            Kernel(96, 1, 3, 820, product_cycles=780),
+            Kernel(112, 1, 3, 880, product_cycles=920),
         ),
         96: (Kernel(80, 2, 1, 860), Kernel(128, 2, 1, 1320)),
         128: (
@@ -159,10 +179,16 @@ FORWARD = Pass(
 DQUERY = Pass(
     "dquery",
     False,
-    Costs(mask=3.4, tile=1680, skip=180),
+    Costs(mask=4.1, tile=1840, skip=0),
     {
-        32: (Kernel(64, 1, 3, 380), Kernel(80, 1, 3, 370)),
-        64: (Kernel(80, 1, 2, 850), Kernel(96, 1, 2, 940)),
+        32: (
+            Kernel(64, 1, 3, 380, product_cycles=360),
+            Kernel(80, 1, 3, 370, product_cycles=420),
+        ),
+        64: (
+            Kernel(80, 1, 2, 870, product_cycles=1000),
+            Kernel(96, 1, 2, 1020, product_cycles=1050),
+        ),
         96: (Kernel(64, 2, 1, 1020),),
         128: (Kernel(64, 2, 1, 1250),),
     },
@@ -172,12 +198,15 @@ DQUERY = Pass(
 DKEY_DVALUE = Pass(
     "dkey_dvalue",
     True,
-    Costs(mask=5.6, tile=690, skip=0),
+    Costs(mask=4.5, tile=0, skip=0),
     {
-        32: (Kernel(64, 1, 3, 660),),
-        64: (Kernel(48, 1, 3, 780), Kernel(80, 1, 2, 1330)),
-        96: (Kernel(64, 2, 1, 1310),),
-        128: (Kernel(64, 2, 1, 1570),),
+        32: (Kernel(64, 1, 3, 770, product_cycles=1030),),
+        64: (
+            Kernel(48, 1, 3, 790, product_cycles=920),
+            Kernel(80, 1, 2, 1300, product_cycles=1570),
+        ),
+        96: (Kernel(64, 2, 1, 1400),),
+        128: (Kernel(64, 2, 1, 1680),),
     },
     {32: 1200, 64: 1500, 96: 2250, 128: 3010},
 )
@@ -186,14 +215,14 @@ DKEY_DVALUE = Pass(
 GRADIENTS = Pass(
     "gradients",
     True,
-    Costs(mask=5.6, tile=3000, skip=0),
+    Costs(mask=8.8, tile=0, skip=0),
     {
-        32: (Kernel(64, 1, 3, 500),),
+        32: (Kernel(64, 1, 3, 1000, product_cycles=1260),),
         64: (
-            Kernel(64, 1, 2, 850),
-            Kernel(64, 2, 1, 800, together=True),
+            Kernel(64, 1, 2, 1690, product_cycles=1930),
+            Kernel(64, 2, 1, 1540, product_cycles=1630, together=True),
         ),
-        128: (Kernel(64, 2, 1, 1550, together=True),),
+        128: (Kernel(64, 2, 1, 2670, product_cycles=2770, together=True),),
     },
     {
         dim: DQUERY.portable_cycles[dim] + cycles
@@ -202,7 +231,7 @@ GRADIENTS = Pass(
 )
 
 #: Of all multiprocessors together, to clear and to round one of GRADIENTS' sums in memory.
-SUM_CYCLES = 0.6
+SUM_CYCLES = 0.58
 
 
 def sums(queries: Any, channels: int) -> Any:
@@ -222,6 +251,7 @@ class Tiling:
         loads: boxes that they bring to shared memory.
         visits: boxes that all warpgroups visit.
         masked_visits: how many of them need a mask.
+        masks_by_product: whether those are products; then every visit has one.
     """
 
     kernel: Kernel
@@ -231,6 +261,7 @@ class Tiling:
     loads: int
     visits: int
     masked_visits: int
+    masks_by_product: bool = False
 
     @property
     def visited_pairs(self) -> int:
@@ -337,6 +368,28 @@ def _counts(
     return np.stack([tiles, loads, visits, visits - free])
 
 
+def _masks_by_product(
+    axes: tuple[Axis, ...],
+    kernel: Kernel,
+    row_boxes: np.ndarray,
+    column_boxes: np.ndarray,
+) -> np.ndarray:
+    """bool ``[R, C]``: whether the masks of pairs of boxes are products.
+
+    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or with
+    frames have none either way.
+    """
+    if kernel.product_cycles is None:
+        return np.zeros((len(row_boxes), len(column_boxes)), bool)
+    missing = column_boxes.prod(axis=1) < kernel.columns
+    few = column_boxes.sum(axis=1) + missing <= MASK_ENTRIES
+    more = np.array([axis.kernel_size + axis.stride - 2 for axis in axes])
+    rows = row_boxes * np.array([kernel.groups] + [1] * (len(axes) - 1))
+    seen = (rows + more)[:, None]
+    visited = -(-seen // column_boxes) * column_boxes
+    return few & (visited <= MOST_SEEN).all(axis=2)
+
+
 def count(
     axes: tuple[Axis, ...],
     interval: Interval,
@@ -347,7 +400,10 @@ def count(
     """The work of one pair of boxes, exactly."""
     boxes = np.array([row_box]), np.array([column_box])
     counts = _counts(axes, interval, kernel, *boxes)
-    return Tiling(kernel, row_box, column_box, *map(int, counts[:, 0, 0]))
+    products = _masks_by_product(axes, kernel, *boxes)
+    return Tiling(
+        kernel, row_box, column_box, *map(int, counts[:, 0, 0]), bool(products[0, 0])
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -389,7 +445,8 @@ def best_tilings(
     )
     counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
     counts[1:] *= members
-    cycles = which.cycles(kernel, *counts)
+    products = _masks_by_product(axes, kernel, row_boxes, column_boxes)
+    cycles = which.cycles(kernel, *counts, products)
     cycles = cycles * imbalance(counts[0], kernel.pipelines, copies)
     # Of equals those with the longest last axis of column boxes come first.
     order = np.argsort(cycles.T, axis=None, kind="stable")[:most]
@@ -401,6 +458,7 @@ def best_tilings(
                 tuple(map(int, row_boxes[row])),
                 tuple(map(int, column_boxes[column])),
                 *map(int, counts[:, row, column]),
+                bool(products[row, column]),
             ),
         )
         for column, row in zip(*np.unravel_index(order, cycles.T.shape), strict=True)

@@ -21,7 +21,7 @@ struct DKeyPass {
   using Variants = DKey<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
-  template <int, int>
+  template <int>
   static constexpr int kRowTiles = 2;
   template <int kDim>
   static constexpr bool kMaskProduct = kDim <= 64;
@@ -35,7 +35,6 @@ struct DKeyPass {
   static constexpr int kStatistics = sizeof(ColumnStatistics<kColumns>);
   // The queries of a box, and both blocks of the next.
   static constexpr int kLeastSlots = 3;
-
 
   template <class S>
   struct Statistics {
@@ -92,7 +91,6 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       seen.read(table, view, cut);
     } else {
       view.read(table, cut);
-      view.find_common(cut);
     }
     const int32_t boxes = uniform(table.visits.boxes);
     const int32_t first = uniform(table.first_box[group]),

@@ -19,7 +19,7 @@ struct DQueryPass {
   using Variants = DQuery<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 2;
-  template <int, int>
+  template <int>
   static constexpr int kRowTiles = 2;
   template <int kDim>
   static constexpr bool kMaskProduct = kDim <= 64;
@@ -83,7 +83,6 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
       seen.read(table, view, cut);
     } else {
       view.read(table, cut);
-      view.find_common(cut);
     }
     float lse[2], delta[2];  // lse in log2 units, and +inf, so that weights are 0, for -inf
     const int64_t first_row = table.batch * p.query_tokens() * p.heads + table.head;

@@ -13,23 +13,30 @@
 
 namespace jax_na::cuda::sm90 {
 
-#ifndef SUM_PRODUCT
-#define SUM_PRODUCT 1
-#endif
+// Whether the sums of weights come with the product of the values, from a block of ones behind
+// them: where instructions, not tensor cores, bound the kernel.
+template <class S>
+constexpr bool kSumProduct = S::kDim <= 64;
+
+template <class T, class Columns>
+struct Ones {  // the 16 rows of a step of a product
+  static constexpr int kPairs = 16 * Columns::kRowBytes / 4;
+  alignas(1024) uint32_t pair[kPairs];
+
+  __device__ __forceinline__ void fill(const Cut&, int threads) {
+    for (int i = threadIdx.x; i < kPairs; i += threads) pair[i] = pack<T>(1, 1);
+    ptx::fence_async_proxy();
+  }
+};
 
 template <class S>
 struct ForwardConstants {
-  static constexpr bool kSumProduct = S::kDim <= 64 && SUM_PRODUCT;
-  struct None {
-    __device__ __forceinline__ void fill(int) {}
-    __device__ __forceinline__ void fill(const Cut&, int) {}
-  };
-  std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, None> masks;
-  std::conditional_t<kSumProduct, Ones<typename S::T, typename S::Columns>, None> ones;
+  std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, NoConstants> masks;
+  std::conditional_t<kSumProduct<S>, Ones<typename S::T, typename S::Columns>, NoConstants> ones;
 
   __device__ __forceinline__ void fill(const Cut& cut, int threads) {
     masks.fill(cut, threads);
-    ones.fill(threads);
+    ones.fill(cut, threads);
   }
 };
 
@@ -39,8 +46,9 @@ struct ForwardPass {
   using Variants = Forward<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 1;
-  template <int, int kPipelines>
-  static constexpr int kRowTiles = kPipelines > 1 ? 3 : 2;
+  // More where tiles are short and their rows small.
+  template <int kDim>
+  static constexpr int kRowTiles = kDim <= 32 ? 4 : 2;
   template <int, int, int>
   static constexpr int kExchange = 0;
   template <int>
@@ -119,8 +127,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
   constexpr int kColumns = S::kColumns;
-  constexpr bool kSumProduct = ForwardConstants<S>::kSumProduct;
-  constexpr int kSums = S::kDim / 2 + (kSumProduct ? 4 : 0);
+  constexpr int kSums = S::kDim / 2 + (kSumProduct<S> ? 4 : 0);
   const Problem& p = plan.call.problem;
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
@@ -153,7 +160,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     pin(weights);
     products_begin();
     const uint32_t at = ptx::shared_address(own.block(values));
-    if constexpr (kSumProduct) {
+    if constexpr (kSumProduct<S>) {
       multiply_rows_and_sum<T, Columns>(sums, weights, at,
                                         ptx::shared_address(shared.constants.ones.pair), begun);
     } else {
@@ -174,10 +181,10 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     const int lane = threadIdx.x % kWarpLanes;
     const int own_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows + lane / 4;
     float factor[2], lse[2];
-    if constexpr (!kSumProduct) due_softmax.finish();
+    if constexpr (!kSumProduct<S>) due_softmax.finish();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if constexpr (kSumProduct) {
+      if constexpr (kSumProduct<S>) {
         due_softmax.total[h] = begun ? sums[S::kDim / 2 + 2 * h] : 0;
       }
       factor[h] = ptx::reciprocal(due_softmax.total[h]);
@@ -232,7 +239,6 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       seen.read(table, view, cut);
     } else {
       view.read(table, cut);
-      view.find_common(cut);
     }
     const int32_t boxes = uniform(table.visits.boxes),
                   grid_boxes = uniform(table.visits.grid_boxes);
@@ -255,8 +261,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       if constexpr (S::kMaskProduct) pin(masks.operand);
       products_begin();
       if constexpr (S::kMaskProduct) {
-        multiply_channels<__nv_bfloat16, typename MaskColumns<kColumns>::Rows>(
-            scores, masks.operand, ptx::shared_address(shared.constants.masks.rows));
+        masks.begin_scores<kColumns>(scores, shared.constants.masks);
       }
       multiply_channels<T, Rows, Columns>(
           scores, queries, ptx::shared_address(own.block(keys)), S::kMaskProduct);
@@ -291,7 +296,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
           hide<kColumns>(scores, view.mask(shared.sets, walk, cut));
         }
       }
-      const bool grown = softmax.template weigh<!kSumProduct>(scores, log2_scale);
+      const bool grown = softmax.template weigh<!kSumProduct<S>>(scores, log2_scale);
 
       if constexpr (kPending) values_added();
       if (due) {

@@ -26,7 +26,7 @@ struct GradientsPass {
   using Variants = Gradients<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
-  template <int kDim, int>
+  template <int kDim>
   static constexpr int kRowTiles = kDim <= 64 ? 2 : 1;
   template <int>
   static constexpr bool kMaskProduct = true;
@@ -204,7 +204,6 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       seen.read(table, view, cut, exists);
     } else {
       view.read(table, cut, exists);
-      view.find_common(cut);
     }
     const int32_t boxes = uniform(table.visits.boxes);
     clear(dkey);

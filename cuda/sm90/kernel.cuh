@@ -3,14 +3,14 @@
 //   Plan, Variants<kDim>        its parameters, and what is compiled
 //   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are:
 //                               queries alone, queries and output gradients, or keys and values
-//   kRowTiles<kDim>             tiles whose rows are there at once, 1 or 2
+//   kRowTiles<kDim>             tiles whose rows are there at once
 //   kLeastSlots                 of the ring, so that the walk does not stall
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
 //   kStatistics<kColumns>       its bytes per slot
 //   kExchange<kDim, kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
-//   kConstants<kDim, kColumns>  bytes of Constants<S>, what consumers multiply with beside what
-//                               comes; fill() of all threads makes them
 //   kMaskProduct<kDim>          whether there are kernels that mask by a product
+//   Constants<S>                operands that are the same for all tiles;
+//   kConstants<kDim, kColumns>  their bytes
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 
@@ -54,8 +54,7 @@ __device__ __forceinline__ void multiply_and_mask(float (&d)[S::kColumns / 2], u
   if constexpr (S::kMaskProduct) {
     pin(masks.operand);
     products_begin();
-    multiply_channels<__nv_bfloat16, typename MaskColumns<S::kColumns>::Rows>(
-        d, masks.operand, ptx::shared_address(constants.rows));
+    masks.begin_scores<S::kColumns>(d, constants);
   } else {
     products_begin();
   }
@@ -83,6 +82,13 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   auto& shared = *reinterpret_cast<Shared<Pass, S>*>(memory);
   const Streams& streams = plan.streams;
   const Problem& p = plan.call.problem;
+  if (threadIdx.x == S::kThreads - 1) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (k < S::kRowArrays) ptx::prefetch_map(&streams.row[k]);
+      ptx::prefetch_map(&streams.column[k]);
+    }
+  }
   shared.constants.fill(streams.cut, S::kThreads);
   init<S>(shared.pipeline, streams.cut);
   if constexpr (!S::kMaskProduct) {

@@ -1,12 +1,12 @@
-// Masks by a product: scores begin at 0 where a row sees a column, and at -2^100 or less where it
-// does not, and the tensor cores make that from two thin matrices. Both have an *entry* per
-// coordinate of the box of columns, those of its axes one after the other:
+// Masks by a product: scores begin at 0 where a row sees a column, and at -57344^2 or less where
+// it does not, and the tensor cores make that from two thin matrices of bytes (e5m2). Both have an
+// *entry* per coordinate of the box of columns, those of its axes one after the other:
 //
-//   of a column   1 at its own coordinate of every axis, and 0 elsewhere
-//   of a row      -2^100 at the coordinates that it does not see, and 0 elsewhere
+//   of a column   57344 at its own coordinate of every axis, and 0 elsewhere
+//   of a row      -57344 at the coordinates that it does not see, and 0 elsewhere
 //
 // The columns' matrix is the same for all boxes and stays in shared memory; the rows' is made in
-// registers, some fifty instructions instead of two or three for every score.
+// registers, some thirty instructions instead of two or three for every score.
 #pragma once
 
 #include <cstdint>
@@ -17,22 +17,34 @@
 namespace jax_na::cuda::sm90 {
 
 constexpr int kMaskEntries = 32;
-constexpr float kMaskedScore = -0x1p100f;
 
-// What is no column of the box has a 1 at the last entry, which no row sees.
+// What is not seen gets this, once per axis. Scores that are seen are to be above half of it.
+constexpr float kMaskedScore = -57344.0f * 57344.0f;
+constexpr uint8_t kMaskByte = 0x7b;               // 57344 as e5m2
+constexpr uint32_t kMaskBytes = 0xfbfbfbfb;       // -57344, four times
+
+// Where entry e stands in a row of either matrix: a lane of wgmma holds bytes
+// 16 m + 4 (l % 4) + i, which are entries 8 i + 4 m + l % 4, as these are easily made of bits.
+__device__ __forceinline__ int mask_place(int e) {
+  return e % 8 / 4 * 16 + e % 4 * 4 + e / 8;
+}
+
+// What is no column of the box has a byte at the last entry, which no row sees.
 template <int kColumns>
 struct MaskColumns {
-  using Rows = Block<kMaskEntries, kColumns>;
+  // Rows of 64 bytes, of which the first half is used.
+  using Rows = Block<32, kColumns>;
   alignas(1024) uint8_t rows[Rows::kAllBytes];
 
+  // To be called by all `threads` of a CTA, who then synchronise.
   __device__ __forceinline__ void fill(const Cut& cut, int threads) {
     for (int column = threadIdx.x; column < kColumns; column += threads) {
-      for (int unit = 0; unit < kMaskEntries / 8; ++unit) {
+      for (int unit = 0; unit < 2; ++unit) {
         *reinterpret_cast<uint4*>(rows + Rows::offset(column, unit)) = make_uint4(0, 0, 0, 0);
       }
       const auto set = [&](int entry) {
-        auto* unit = reinterpret_cast<uint16_t*>(rows + Rows::offset(column, entry / 8));
-        unit[entry % 8] = 0x3f80;  // 1 as bfloat16
+        const int place = mask_place(entry);
+        rows[Rows::offset(column, place / 16) + place % 16] = kMaskByte;
       };
       int32_t at[kMaxRank];
       cut.columns.point(column, at);
@@ -45,6 +57,7 @@ struct MaskColumns {
         }
       }
     }
+    ptx::fence_async_proxy();
   }
 };
 
@@ -75,7 +88,7 @@ struct SeenBits {
 // number. Where columns are missing in a box, one entry more is needed.
 inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
   const auto scale = static_cast<float>(p.scale);
-  if (p.frame != nullptr || !(scale > 0x1p-60f && scale < 0x1p20f)) return false;
+  if (p.frame != nullptr || !(scale > 0x1p-20f && scale < 0x1p20f)) return false;
   int64_t entries = cut.columns.size < columns ? 1 : 0;
   bool fits = true;
   for (int a = cut.group_axis; a < kMaxRank; ++a) {
@@ -90,9 +103,9 @@ inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
 }
 
 // The rows' operand, in the order of wgmma's registers: lane l has rows l / 4 and l / 4 + 8 of
-// its warp, and of every 8 entries 2 (l % 4) and the next.
+// its warp.
 struct MaskRows {
-  uint32_t operand[kMaskEntries / 4];
+  uint32_t operand[kMaskEntries / 8];
 
   // For the box at hand; none of it is masked where not `in_grid`.
   __device__ __forceinline__ void make(const SeenBits& seen, const BoxWalk& walk,
@@ -109,17 +122,25 @@ struct MaskRows {
         entries[h] |= ptx::rotate_right(seen.bits[h][a], walk.at[a] - first) & own;
       }
     }
-    const int pair = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t unseen = in_grid ? ~entries[h] : 0;
-      // The two entries of byte j become its highest bits, and then all bits of a half.
-      const uint32_t even = unseen << (7 - pair), odd = unseen << (6 - pair);
 #pragma unroll
-      for (int j = 0; j < kMaskEntries / 8; ++j) {
-        operand[2 * j + h] = ptx::signs_of_byte(even, odd, j) & 0xf180f180;  // -2^100, twice
+      for (int m = 0; m < 2; ++m) {
+        // The highest bits of bytes become those of the entries, and then all of the bytes.
+        const uint32_t bits = unseen << (7 - 4 * m - threadIdx.x % 4);
+        operand[2 * m + h] = ptx::signs_of_bytes(bits) & kMaskBytes;
       }
     }
+  }
+
+  // Begins scores of the box; the products of its keys are to be added.
+  template <int kColumns>
+  __device__ __forceinline__ void begin_scores(float (&scores)[kColumns / 2],
+                                               const MaskColumns<kColumns>& columns) const {
+    using Rows = typename MaskColumns<kColumns>::Rows;
+    Product<kColumns>::begin_bytes(scores, operand,
+                                   Rows::by_channels(ptx::shared_address(columns.rows)));
   }
 };
 

@@ -54,6 +54,11 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
 
 // ---- Tensor copies ---------------------------------------------------------------------
 
+// prefetch.tensormap: so that the first copy does not wait for the map.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
 // cp.async.bulk.tensor.5d: a box from global to shared memory; completes on `barrier`. What
 // lies outside the tensor becomes zeros.
 __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier,
@@ -134,13 +139,11 @@ __device__ __forceinline__ uint32_t rotate_right(uint32_t x, int32_t count) {
   return __funnelshift_r(x, x, count);
 }
 
-// prmt: two halves filled with the highest bits of byte j of `low` and `high`.
-__device__ __forceinline__ uint32_t signs_of_byte(uint32_t low, uint32_t high, int j) {
-  uint32_t halves;
-  asm("prmt.b32 %0, %1, %2, %3;\n"
-      : "=r"(halves)
-      : "r"(low), "r"(high), "r"(0xcc88 + 0x1111 * j));
-  return halves;
+// prmt: every byte filled with its highest bit.
+__device__ __forceinline__ uint32_t signs_of_bytes(uint32_t x) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, %1, 0xba98;\n" : "=r"(signs) : "r"(x));
+  return signs;
 }
 
 // rcp.approx.ftz

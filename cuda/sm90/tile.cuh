@@ -336,12 +336,6 @@ struct RowView {
       for (int h = 0; h < 2; ++h) {
         seen[h][a] = exists[h] ? table.seen[entry[h][a]] : Seen{0, 0};
       }
-    }
-  }
-  __device__ __forceinline__ void find_common(const Cut& cut) {
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      if (a < cut.group_axis) continue;
       common[a].lo = ptx::warp_max(max(seen[0][a].lo, seen[1][a].lo));
       common[a].hi = ptx::warp_min(min(seen[0][a].hi, seen[1][a].hi));
     }

@@ -186,6 +186,15 @@ struct Product;
                           "r"(int{accumulate}), "n"(int{kBRows}));                            \
       }                                                                                       \
     }                                                                                         \
+    static __device__ __forceinline__ void begin_bytes(float (&d)[N / 2], const uint32_t* a,  \
+                                                       uint64_t b) {                          \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 0, 0;\n"                             \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e5m2.e5m2"                 \
+                   " {" JAX_NA_NAME_##M "}, {" O0 "," O1 "," O2 "," O3 "}, " O4               \
+                   ", add, 1, 1;\n}\n"                                                        \
+                   : JAX_NA_OUT_##M                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
+    }                                                                                         \
   }
 
 JAX_NA_PRODUCT(32, 2, "%16", "%17", "%18", "%19", "%20", "%21", "%22");
@@ -219,18 +228,6 @@ __device__ __forceinline__ void multiply_channels(float (&d)[B::kRows / 2], uint
   }
 }
 
-// d = a rows(b)^T over the channels, with a in registers.
-template <typename T, class B>
-__device__ __forceinline__ void multiply_channels(float (&d)[B::kRows / 2],
-                                                  const uint32_t (&a)[B::kDim / 4],
-                                                  uint32_t b) {
-#pragma unroll
-  for (int k = 0; k < B::kDim / 16; ++k) {
-    Product<B::kRows>::template add<T, false>(d, a + 4 * k,
-                                              B::by_channels(b) + B::channel_step(k), k > 0);
-  }
-}
-
 // d += a rows(b) with a in registers and one column of it per row of b, or d = that: outputs.
 template <typename T, class B>
 __device__ __forceinline__ void multiply_rows(float (&d)[B::kDim / 2],
@@ -242,18 +239,6 @@ __device__ __forceinline__ void multiply_rows(float (&d)[B::kDim / 2],
                                             k > 0 || accumulate);
   }
 }
-
-// Ones for the 16 rows of a step, where multiply_rows_and_sum expects a further block.
-template <typename T, class B>
-struct Ones {
-  static constexpr int kBytes = 16 * B::kRowBytes;
-  alignas(1024) uint32_t pair[kBytes / 4];
-
-  __device__ __forceinline__ void fill(int threads) {
-    constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
-    for (int i = threadIdx.x; i < kBytes / 4; i += threads) pair[i] = kOne << 16 | kOne;
-  }
-};
 
 // The same, and in the last four elements of d the sums of the rows of a: the 8 columns after
 // those of b are ones, which lie behind b in shared memory.
