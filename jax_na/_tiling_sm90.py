@@ -192,7 +192,7 @@ DQUERY = Pass(
         96: (Kernel(64, 2, 1, 1020),),
         128: (Kernel(64, 2, 1, 1250),),
     },
-    {32: 820, 64: 1020, 96: 1540, 128: 2060},
+    {32: 815, 64: 980, 96: 1440, 128: 1920},
 )
 
 DKEY_DVALUE = Pass(
@@ -208,7 +208,7 @@ DKEY_DVALUE = Pass(
         96: (Kernel(64, 2, 1, 1400),),
         128: (Kernel(64, 2, 1, 1680),),
     },
-    {32: 1200, 64: 1500, 96: 2250, 128: 3010},
+    {32: 1080, 64: 1420, 96: 1850, 128: 2460},
 )
 
 #: Makes what DQUERY and DKEY_DVALUE make, where sums in any order are allowed.
