@@ -54,8 +54,8 @@ class Kernel:
             takes ``groups * pipelines`` times as long, as that many are under way.
         together: whether every warpgroup visits what any of a pipeline sees, instead of
             skipping what it does not see itself.
-        product_cycles: of a visit whose mask is a product, of which the kernel has a form of
-            its own; None where it has not.
+        product_cycles: of a visit whose mask is a product, of which the kernel has a form
+            of its own; None where it has not.
     """
 
     columns: int
@@ -376,8 +376,8 @@ def _masks_by_product(
 ) -> np.ndarray:
     """bool ``[R, C]``: whether the masks of pairs of boxes are products.
 
-    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or with
-    frames have none either way.
+    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or
+    with frames have none either way.
     """
     if kernel.product_cycles is None:
         return np.zeros((len(row_boxes), len(column_boxes)), bool)
