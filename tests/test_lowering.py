@@ -202,17 +202,33 @@ def test_attributes_of_optional_operands() -> None:
 
 
 @pytest.mark.usefixtures("every_kernel")
-def test_attributes_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("tier", "deterministic", "gradients"),
+    [
+        ("hopper", False, {"dquery", "dkey_dvalue"}),
+        ("at_once", False, {"gradients"}),
+        ("at_once", True, {"dquery", "dkey_dvalue"}),
+    ],
+)
+def test_attributes_for_hopper(
+    monkeypatch: pytest.MonkeyPatch, tier: str, deterministic: bool, gradients: set[str]
+) -> None:
     """A plan for Hopper GPUs beside that for any, where they have kernels for the call."""
-    force_tier(monkeypatch, "hopper")
-    gradient = _gradient(_attend("fused"))
+    force_tier(monkeypatch, tier)
+    gradient = _gradient(_attend("fused", deterministic_grads=deterministic))
     text = _lowered(gradient, "cuda", *_shapes(jnp.bfloat16))
     for function, portable, launches in (
-        ("forward", {"query_tile", "key_box"}, ("forward",)),
-        ("backward", {"query_box", "key_tile"}, ("dquery", "dkey_dvalue")),
+        ("forward", {"query_tile", "key_box"}, {"forward"}),
+        ("backward", {"query_box", "key_tile"}, gradients),
     ):
         found = attributes(text, f"jax_na_{function}_fused")
         assert portable <= set(found)
+        planned = {
+            name.removeprefix("sm90_").removesuffix("_kernel")
+            for name in found
+            if name.startswith("sm90_") and name.endswith("_kernel")
+        }
+        assert planned == launches
         for launch in launches:
             columns, groups = found[f"sm90_{launch}_kernel"]
             assert columns % 16 == 0 and groups in (1, 2, 3)

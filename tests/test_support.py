@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from problems import implementations, platform
+from tiers import force_tier
 
 import jax_na
 from jax_na import _explain, _ffi
@@ -265,9 +266,12 @@ def test_explain_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("every_kernel")
-def test_launches_on_hopper() -> None:
-    def launches(channels: int, **options: Any) -> tuple[list[str], list[str]]:
+def test_launches_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launches(
+        channels: int, deterministic: bool = True, **options: Any
+    ) -> tuple[list[str], list[str]]:
         tokens = jax.ShapeDtypeStruct((2, 64, 64, 4, channels), jnp.bfloat16)
+        options["deterministic_grads"] = deterministic
         explanation = jax_na.explain(
             tokens, tokens, tokens, (9, 9), platform="cuda", **options
         )
@@ -277,6 +281,11 @@ def test_launches_on_hopper() -> None:
 
     own = ["dquery", "dkey, dvalue"]
     assert launches(64) == (["forward"], own)
+    force_tier(monkeypatch, "at_once")
+    assert launches(64, deterministic=False) == (
+        ["forward"],
+        ["dquery, dkey, dvalue", "sum of dquery"],
+    )
     _, backward = launches(
         64,
         rel_pos_bias=jnp.ones((4, 17, 17)),

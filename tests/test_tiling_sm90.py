@@ -25,6 +25,7 @@ from jax_na._tiling_sm90 import (
     DKEY_DVALUE,
     DQUERY,
     FORWARD,
+    GRADIENTS,
     ROWS,
     Kernel,
     Pass,
@@ -39,12 +40,17 @@ SOURCES, BENCHMARKS = ROOT / "cuda" / "sm90", ROOT / "benchmarks"
 
 
 def _axis_tiles(
-    axis: Axis, rows_are_keys: bool, extent: int, box: int, groups: int
+    axis: Axis,
+    rows_are_keys: bool,
+    extent: int,
+    box: int,
+    groups: int,
+    together: bool,
 ) -> Iterator[tuple[int, list[list[np.ndarray]]]]:
     """For every tile of an axis: how many boxes it brings, and the boxes of its groups.
 
     A box is bool ``[rows, columns]``, what the rows of the group see of it; empty if the
-    group does not visit it.
+    group does not visit it. With ``together`` every group visits all of them.
     """
     mask = np.zeros((axis.length, axis.length), bool)
     window = (axis.kernel_size, axis.stride, axis.dilation, axis.is_causal)
@@ -64,7 +70,12 @@ def _axis_tiles(
                 own = rows[first : first + extent]
                 boxes = [own[:, at : min(at + box, end)] for at in starts]
                 visited = [i for i, b in enumerate(boxes) if b.any()]
+                if together:
+                    visited = [0, len(boxes) - 1]
                 parts.append(boxes[visited[0] : visited[-1] + 1])
+            if together:  # a warpgroup without rows takes part
+                empty = [np.zeros((1, b.shape[1]), bool) for b in parts[0]]
+                parts += [empty] * (groups - len(parts))
             yield len(starts), parts
 
 
@@ -76,7 +87,11 @@ def _brute_force(
     column_box: tuple[int, ...],
 ) -> tuple[int, int, int, int]:
     per_axis = [
-        list(_axis_tiles(axis, rows_are_keys, extent, box, groups))
+        list(
+            _axis_tiles(
+                axis, rows_are_keys, extent, box, groups, kernel.together and groups > 1
+            )
+        )
         for axis, extent, box, groups in zip(
             axes, row_box, column_box, (kernel.groups, 1, 1)
         )
@@ -109,7 +124,8 @@ def _problems(draw: Any) -> Any:
     boxes = st.tuples(*(st.integers(1, 6) for _ in axes))
     row_box, column_box = draw(boxes), draw(boxes)
     columns = math.prod(column_box) + draw(st.sampled_from([0, 0, 1]))
-    kernel = Kernel(columns, draw(st.integers(1, 3)), 1, 100)
+    groups, together = draw(st.integers(1, 3)), draw(st.booleans())
+    kernel = Kernel(columns, groups, 1, 100, together=together)
     return tuple(axes), draw(st.booleans()), kernel, row_box, column_box
 
 
@@ -125,7 +141,7 @@ def test_counts_are_exact(problem: Any) -> None:
     assert tiling.visited_pairs == tiling.visits * 64 * kernel.columns
 
 
-PASSES = ("hopper_forward", "hopper_backward")
+PASSES = ("hopper_forward", "hopper_backward", "hopper_gradients")
 
 # ---- Choice --------------------------------------------------------------------------
 
@@ -231,7 +247,7 @@ def _calls(draw: Any) -> dict[str, Any]:
 def test_plans_fit_the_kernels(call: dict[str, Any]) -> None:
     """What ``cuda/sm90/streams.cu`` refuses is not planned."""
     plan = _plan_of(**call)
-    passes = {which.name: which for which in (FORWARD, DQUERY, DKEY_DVALUE)}
+    passes = {w.name: w for w in (FORWARD, DQUERY, DKEY_DVALUE, GRADIENTS)}
     planned: dict[str, Tiling] = {}
     for name in PASSES:
         tilings = getattr(plan, name)
@@ -278,8 +294,10 @@ def test_calls_without_a_plan(
             | call
         )
     )
-    for name, reason in zip(PASSES, (forward, backward), strict=True):
+    for name, reason in zip(PASSES, (forward, backward, backward), strict=True):
         found = getattr(plan, name)
+        if name == "hopper_gradients" and reason is None:
+            continue  # either may be faster
         assert isinstance(found, str) == (reason is not None)
         assert reason is None or reason in found
 
@@ -290,11 +308,56 @@ def test_tiers_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         return [isinstance(getattr(plan, name), str) for name in PASSES]
 
     force_tier(monkeypatch, "portable")
-    assert portable() == [True, True]
+    assert portable() == [True, True, True]
     monkeypatch.undo()
     force_tier(monkeypatch, "hopper")
-    assert portable(dilation=8) == [False, False]
-    assert portable(dilation=9) == [True, True]
+    assert portable(dilation=8) == [False, False, True]
+    assert portable(dilation=9) == [True, True, True]
+    monkeypatch.undo()
+    force_tier(monkeypatch, "at_once")
+    assert portable(dilation=8) == [False, False, False]
+    # Its sums have no kernel for heads that are filled up to 96 channels.
+    assert portable(channels=80) == [False, False, True]
+
+
+def test_when_gradients_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    force_tier(monkeypatch, "at_once")
+    plan = _plan_of((64, 64), (7, 7))
+    every = ("query", "key", "value")
+    for wrt, deterministic, at_once in (
+        (every, False, True),
+        (("query", "value"), False, True),
+        (every, True, False),
+        (("query",), False, False),
+        (("key", "value"), False, False),
+    ):
+        found = plan.hopper_gradients_of(wrt, deterministic)
+        assert ("gradients" in found) == at_once
+
+
+def test_masks_by_products() -> None:
+    """Where the boxes that a tile visits span at most 32 coordinates of an axis."""
+    axes = (Axis(64, 13, 1, 1, False), Axis(64, 13, 2, 1, False))
+
+    def by_product(
+        columns: int, row_box: Any, column_box: Any, groups: int = 1
+    ) -> bool:
+        kernel = Kernel(columns, groups, 1, 100, product_cycles=90)
+        count = _tiling_sm90.count
+        return count(
+            axes, FORWARD.interval, kernel, row_box, column_box
+        ).masks_by_product
+
+    assert by_product(80, (8, 8), (4, 20)) is False  # 2 times 20 columns
+    assert by_product(80, (8, 8), (8, 10)) is True
+    assert (
+        by_product(80, (8, 8), (2, 16)) is True
+    )  # 18 coordinates, and one for the rest
+    assert by_product(64, (16, 4), (8, 8)) is True
+    assert by_product(64, (16, 4), (8, 8), groups=2) is False  # 44 rows' columns
+    plain = Kernel(80, 1, 1, 100)
+    tiling = _tiling_sm90.count(axes, FORWARD.interval, plain, (8, 8), (8, 10))
+    assert tiling.masks_by_product is False
 
 
 def test_choice_among_measured_plans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +376,13 @@ def test_choice_among_measured_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "name"), [(FORWARD, "Forward"), (DQUERY, "DQuery"), (DKEY_DVALUE, "DKey")]
+    ("which", "name"),
+    [
+        (FORWARD, "Forward"),
+        (DQUERY, "DQuery"),
+        (DKEY_DVALUE, "DKey"),
+        (GRADIENTS, "Gradients"),
+    ],
 )
 def test_tables_are_those_of_the_kernels(which: Pass, name: str) -> None:
     header = (SOURCES / "variants.h").read_text()
