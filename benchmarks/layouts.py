@@ -62,6 +62,28 @@ class Shares(NamedTuple):
         )
 
 
+class Profile(NamedTuple):
+    """What ran.
+
+    Attributes:
+        milliseconds: of all instructions of one call.
+        instructions: name, field of :class:`Shares`, and share of the time.
+    """
+
+    milliseconds: float
+    instructions: list[tuple[str, str, float]]
+
+    @property
+    def shares(self) -> Shares:
+        totals = collections.Counter[str]()
+        for _, kind, share in self.instructions:
+            totals[kind] += share
+        return Shares(*(totals[name] for name in Shares._fields))
+
+    def __str__(self) -> str:
+        return f"{self.milliseconds:.2f} ms: {self.shares}"
+
+
 def instructions(text: str) -> dict[str, dict[str, Instruction]]:
     """The instructions of every computation of a program, by name."""
     computations: dict[str, dict[str, Instruction]] = {}
@@ -165,19 +187,25 @@ def _events(directory: str) -> Iterator[tuple[str, float]]:
                     yield str(name), event.duration_ns
 
 
-def shares(text: str, run: Callable[[], Any], calls: int) -> Shares:
+def profile(text: str, run: Callable[[], Any], calls: int) -> Profile:
     """Profiles ``run``, a call of the program whose optimised text is given."""
-    kind_of = kinds(text)
     jax.block_until_ready(run())
+    nanoseconds = collections.Counter[str]()
     with tempfile.TemporaryDirectory() as directory:
         jax.profiler.start_trace(directory)
         for _ in range(calls):
             jax.block_until_ready(run())
         jax.profiler.stop_trace()
-        totals = collections.Counter[str]()
-        for name, nanoseconds in _events(directory):
-            totals[kind_of.get(name, "rest")] += nanoseconds
-    whole = sum(totals.values())
+        for name, duration in _events(directory):
+            nanoseconds[name] += duration
+    whole = sum(nanoseconds.values())
     if not whole:
         raise RuntimeError("the profiler saw no instruction of the program")
-    return Shares(*(totals[name] / whole for name in Shares._fields))
+    kind_of = kinds(text)
+    return Profile(
+        milliseconds=whole / calls / 1e6,
+        instructions=[
+            (name, kind_of.get(name, "rest"), duration / whole)
+            for name, duration in nanoseconds.most_common()
+        ],
+    )

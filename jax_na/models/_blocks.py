@@ -12,7 +12,7 @@ from flax import nnx
 
 from jax_na.nnx import NeighborhoodAttention2D
 
-_TOKEN_AXES = (-3, -2, -1)
+_TOKEN_AXES = (-2, -1)
 _EPSILON = 1e-5
 
 # The published truncation, at +-2, is a hundred standard deviations away.
@@ -164,11 +164,17 @@ class Block(nnx.Module):
         drop = functools.partial(
             self.stochastic_depth, deterministic=deterministic, rngs=rngs
         )
-        branch = self._attend(self.attention_norm(tokens))
+        shape = tokens.shape
+        *batch, height, width, features = shape
+        # XLA weighs tilings of every axis of every fusion for GPUs: one axis of tokens
+        # saves a sixth or more of the time that it compiles.
+        tokens = tokens.reshape(*batch, height * width, features)
+        branch = self._attend(self.attention_norm(tokens).reshape(shape))
+        branch = branch.reshape(tokens.shape)
         tokens = tokens + drop(_scaled(branch, self.attention_scale))
         branch = self.expand(self.mlp_norm(tokens))
         branch = self.contract(jax.nn.gelu(branch, approximate=False))
-        return tokens + drop(_scaled(branch, self.mlp_scale))
+        return (tokens + drop(_scaled(branch, self.mlp_scale))).reshape(shape)
 
     def _attend(self, tokens: jax.Array) -> jax.Array:
         """Attention over a map that is filled up with zeros to the window's extent.
