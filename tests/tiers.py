@@ -13,8 +13,8 @@ def force_tier(monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
     """For programs that are lowered from now on.
 
     ``"hopper"`` stands for the kernels for Hopper wherever they can run, be they slower,
-    ``"at_once"`` for those too and the one that makes all gradients at once wherever it can,
-    and ``"portable"`` for those of any NVIDIA GPU alone.
+    ``"at_once"`` for those too and the one that makes all gradients at once wherever it
+    can, and ``"portable"`` for those of any NVIDIA GPU alone.
     """
     if tier != "portable":
         monkeypatch.setattr(_plan, "is_faster", lambda *_: True)
