@@ -51,8 +51,8 @@ class Kernel:
             takes ``groups * pipelines`` times as long, as that many are under way.
         together: whether every warpgroup visits what any of a pipeline sees, instead of
             skipping what it does not see itself.
-        product_cycles: of a visit whose mask is a product, of which the kernel has a form of
-            its own; None where it has not.
+        product_cycles: of a visit whose mask is a product, where the kernel has a form for
+            that.
     """
 
     columns: int

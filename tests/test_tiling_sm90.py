@@ -125,6 +125,31 @@ def test_counts_are_exact(problem: Any) -> None:
     assert tiling.visited_pairs == tiling.visits * 64 * kernel.columns
 
 
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "column_box", "expected"),
+    [
+        (13, 1, (4, 20), True),
+        (13, 1, (3, 26), True),  # and an entry for the columns that are missing
+        (13, 1, (2, 31), False),  # too many coordinates
+        (13, 8, (4, 20), False),  # 27 columns, or two boxes
+        (25, 1, (10, 8), False),  # 32 columns, or four boxes
+        (25, 1, (16, 4), True),
+        (26, 1, (16, 4), False),
+    ],
+)
+def test_masks_by_product(
+    kernel_size: int, stride: int, column_box: tuple[int, ...], expected: bool
+) -> None:
+    axes = (Axis(64, kernel_size, stride, 1, False),) * 2
+    kernel = Kernel(80, 1, 3, 700)
+    for product_cycles in (None, 600):
+        kernel = dataclasses.replace(kernel, product_cycles=product_cycles)
+        tiling = _tiling_sm90.count(axes, FORWARD.interval, kernel, (8, 8), column_box)
+        assert tiling.masks_by_product == (expected and product_cycles is not None)
+        visit = kernel.product_cycles if tiling.masks_by_product else kernel.cycles
+        assert FORWARD.cycles_of(tiling, None) >= tiling.visits * visit
+
+
 PASSES = ("hopper_forward", "hopper_backward")
 
 # ---- Choice --------------------------------------------------------------------------
@@ -339,5 +364,7 @@ def test_limits_are_those_of_the_kernels() -> None:
         ("tensor_map.cc", f"kLargestStride = {_tiling_sm90.LARGEST_DILATION};"),
         ("wgmma.cuh", f"kGroupRows = {ROWS};"),
         ("variants.h", f"kLargestBias = {_tiling_sm90.LARGEST_BIAS};"),
+        ("mask_product.cuh", f"kMaskEntries = {_tiling_sm90.MASK_ENTRIES};"),
+        ("mask_product.cuh", f"kMostSeen = {_tiling_sm90.MOST_SEEN};"),
     ):
         assert constant in (SOURCES / file).read_text()

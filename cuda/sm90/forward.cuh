@@ -18,8 +18,9 @@ namespace jax_na::cuda::sm90 {
 template <class S>
 constexpr bool kSumProduct = S::kDim <= 64;
 
+// The 16 rows of a step of the product with the values.
 template <class T, class Columns>
-struct Ones {  // the 16 rows of a step of a product
+struct Ones {
   static constexpr int kPairs = 16 * Columns::kRowBytes / 4;
   alignas(1024) uint32_t pair[kPairs];
 
@@ -31,8 +32,9 @@ struct Ones {  // the 16 rows of a step of a product
 
 template <class S>
 struct ForwardConstants {
+  using OnesOf = Ones<typename S::T, typename S::Columns>;
   std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, NoConstants> masks;
-  std::conditional_t<kSumProduct<S>, Ones<typename S::T, typename S::Columns>, NoConstants> ones;
+  std::conditional_t<kSumProduct<S>, OnesOf, NoConstants> ones;
 
   __device__ __forceinline__ void fill(const Cut& cut, int threads) {
     masks.fill(cut, threads);

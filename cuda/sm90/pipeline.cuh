@@ -44,8 +44,8 @@ struct Shape {
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
-  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;  // whose rows are there at once,
-  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;      // and tables
+  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;  // of which rows and
+  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;      // tables are there at once
   static_assert(kRowTiles == 1 || kRowTiles == kTiles);
   static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
   static constexpr int kFixed =
