@@ -198,10 +198,12 @@ def _gradients_tilings(
         return "they do not take additional keys"
     query, key, channels = operands.query, operands.key, _channels(operands)
     members = query.shape[-2] // key.shape[-2]
+    if not _tiling_sm90.GRADIENTS.takes(channels):
+        return f"they do not take head dimension {channels}"
     axes, copies = _axes(problem, key, query), _copies(problem, key)
     tiling = _tiling_sm90.plan(_tiling_sm90.GRADIENTS, channels, axes, copies, members)
     queries = math.prod(query.shape[-problem.rank - 2 : -2])
-    summed = members * _tiling_sm90.sums(queries, query.shape[-1])
+    summed = members * _tiling_sm90.sums(queries, channels)
     cycles = _tiling_sm90.GRADIENTS.cycles_of(tiling, copies)
     cycles += _tiling_sm90.SUM_CYCLES * summed
     apart_cycles = members * _tiling_sm90.DQUERY.cycles_of(
@@ -246,10 +248,9 @@ def workspace_shape(
     bias = samples = 0
     hopper = plan.hopper_gradients_of(wrt, deterministic)
     if not isinstance(hopper, str) and "gradients" in hopper:
-        *_, heads, head_dim = operands.query.shape
+        group = operands.query.shape[-2] // key_heads
         queries = math.prod(operands.query.shape[len(batch) : -2])
-        group = heads // key_heads
-        samples += group * _tiling_sm90.sums(queries, head_dim)
+        samples += group * _tiling_sm90.sums(queries, _channels(operands))
     if "bias" in wrt and plan.bias_splits > 1:
         group = operands.query.shape[-2] // key_heads
         bias = plan.bias_splits * group * math.prod(problem.bias_shape)

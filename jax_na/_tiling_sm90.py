@@ -26,6 +26,9 @@ ROWS = 64
 #: Tokens that a box of one copy may span on an axis, and its largest dilation.
 MOST_SPANNED, LARGEST_DILATION = 256, 8
 
+#: To which head dimensions are filled up.
+PADDED_DIMS = (32, 64, 96, 128, 192, 256)
+
 #: Coordinates of a box of columns whose masks are a product, over all axes; and columns of
 #: an axis that the rows of a box may see then.
 MASK_ENTRIES, MOST_SEEN = 32, 32
@@ -105,7 +108,11 @@ class Pass:
 
     def padded(self, channels: int) -> int:
         """The head dimension of the kernels for heads of so many channels."""
-        return min(dim for dim in self.kernels if channels <= dim)
+        return min(dim for dim in PADDED_DIMS if channels <= dim)
+
+    def takes(self, channels: int) -> bool:
+        """Whether there are kernels for heads of so many channels."""
+        return channels <= PADDED_DIMS[-1] and self.padded(channels) in self.kernels
 
     def cycles(
         self,
@@ -205,7 +212,6 @@ GRADIENTS = Pass(
         64: (
             Kernel(64, 1, 2, 850),
             Kernel(64, 2, 1, 800, together=True),
-            Kernel(128, 2, 1, 1550, together=True),
         ),
         128: (Kernel(64, 2, 1, 1550, together=True),),
     },
@@ -218,13 +224,10 @@ GRADIENTS = Pass(
 #: Of all multiprocessors together, to clear and to round one of GRADIENTS' sums in memory.
 SUM_CYCLES = 0.6
 
-#: Channels to which it fills up a row of them.
-SUM_CHANNELS = 16
 
-
-def sums(queries: Any, head_dim: int) -> Any:
+def sums(queries: Any, channels: int) -> Any:
     """How many sums of queries' gradients there are in memory, per head and sample."""
-    return queries * (-(-head_dim // SUM_CHANNELS) * SUM_CHANNELS)
+    return queries * GRADIENTS.padded(channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +367,7 @@ def _masks_by_product(
 ) -> np.ndarray:
     """bool ``[R, C]``: whether the masks of pairs of boxes are products.
 
-    As ``fits_mask_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or with
+    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or with
     frames have none either way.
     """
     if kernel.product_cycles is None:
@@ -372,7 +375,8 @@ def _masks_by_product(
     missing = column_boxes.prod(axis=1) < kernel.columns
     few = column_boxes.sum(axis=1) + missing <= MASK_ENTRIES
     more = np.array([axis.kernel_size + axis.stride - 2 for axis in axes])
-    seen = (row_boxes + more)[:, None]
+    side_by_side = np.array([kernel.groups] + [1] * (len(axes) - 1))
+    seen = (row_boxes * side_by_side + more)[:, None]
     visited = -(-seen // column_boxes) * column_boxes
     return few & (visited <= MOST_SEEN).all(axis=2)
 

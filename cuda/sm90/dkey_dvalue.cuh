@@ -15,14 +15,20 @@
 
 namespace jax_na::cuda::sm90 {
 
-struct DKeyPass : PlainPass {
+struct DKeyPass {
   using Plan = BackwardPlan;
   template <int kDim>
   using Variants = DKey<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
-  template <int>
+  template <int, int>
   static constexpr int kRowTiles = 2;
+  template <int kDim>
+  static constexpr bool kMaskProduct = kDim <= 64;
+  template <int kDim, int kColumns>
+  static constexpr int kConstants = kMaskProduct<kDim> ? kMaskConstants<kColumns> : 0;
+  template <class S>
+  using Constants = MaskConstants<S>;
   template <int, int, int>
   static constexpr int kExchange = 0;
   template <int kColumns>
@@ -80,7 +86,12 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
     }
     const uint32_t keys = ptx::shared_address(own.rows(stage, 0));
     const uint32_t values = ptx::shared_address(own.rows(stage, 1));
-    view.read(table, cut);
+    [[maybe_unused]] SeenBits seen;
+    if constexpr (S::kMaskProduct) {
+      seen.read(table, view, cut);
+    } else {
+      view.read(table, cut);
+    }
     const int32_t boxes = uniform(table.visits.boxes);
     const int32_t first = uniform(table.first_box[group]),
                   last = uniform(table.last_box[group]);
@@ -92,10 +103,11 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       uint32_t operand[kColumns / 4];  // P
       const uint32_t queries = ptx::shared_address(own.block(at));
       const uint32_t douts = ptx::shared_address(own.block(at + 1));
+      [[maybe_unused]] MaskRows masks;
+      if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, true);
       own.wait(at);
       pin(weights);
-      products_begin();
-      multiply_channels<T, Rows, Columns>(weights, keys, queries);
+      multiply_and_mask<S>(weights, keys, queries, masks, shared.constants);
       products_commit();
       products_wait<1>();
       pin(dkey);
@@ -115,11 +127,13 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       products_commit();
 
       // ---- Weights ----
-      const bool masked = S::kHasBias || box.size < kColumns || !view.all_see(walk, cut);
+      const bool masked = !S::kMaskProduct &&
+                          (S::kHasBias || box.size < kColumns || !view.all_see(walk, cut));
       LaneMask<kColumns> mask;
       if (masked) mask = view.mask(shared.sets, walk, cut);
       products_wait<1>();
       pin(weights);
+      if constexpr (S::kMaskProduct) pin(masks.operand);
       if constexpr (S::kHasBias) {
         const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
                                           table.lo[2] + walk.at[2]};

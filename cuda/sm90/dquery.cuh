@@ -13,14 +13,20 @@
 
 namespace jax_na::cuda::sm90 {
 
-struct DQueryPass : PlainPass {
+struct DQueryPass {
   using Plan = BackwardPlan;
   template <int kDim>
   using Variants = DQuery<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 2;
-  template <int>
+  template <int, int>
   static constexpr int kRowTiles = 2;
+  template <int kDim>
+  static constexpr bool kMaskProduct = kDim <= 64;
+  template <int kDim, int kColumns>
+  static constexpr int kConstants = kMaskProduct<kDim> ? kMaskConstants<kColumns> : 0;
+  template <class S>
+  using Constants = MaskConstants<S>;
   template <int, int, int>
   static constexpr int kExchange = 0;
   template <int>
@@ -72,7 +78,12 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     }
     const uint32_t queries = ptx::shared_address(own.rows(stage, 0));
     const uint32_t douts = ptx::shared_address(own.rows(stage, 1));
-    view.read(table, cut);
+    [[maybe_unused]] SeenBits seen;
+    if constexpr (S::kMaskProduct) {
+      seen.read(table, view, cut);
+    } else {
+      view.read(table, cut);
+    }
     float lse[2], delta[2];  // lse in log2 units, and +inf, so that weights are 0, for -inf
     const int64_t first_row = table.batch * p.query_tokens() * p.heads + table.head;
 #pragma unroll
@@ -111,14 +122,16 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
       constexpr bool kPending = decltype(has_pending)::value;
       const uint32_t at = own.base + 2 * i;
       float weights[kColumns / 2], dscores[kColumns / 2];
+      [[maybe_unused]] MaskRows masks;
+      if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, i < grid_boxes);
       own.wait(at);
       if (p.frame != nullptr && i < grid_boxes) {  // what lies beyond the frame is no number
         clear_overhang<Columns>(own.block(at), walk, box);
         own.barrier();
       }
       pin(weights);
-      products_begin();
-      multiply_channels<T, Rows, Columns>(weights, queries, ptx::shared_address(own.block(at)));
+      multiply_and_mask<S>(weights, queries, ptx::shared_address(own.block(at)), masks,
+                           shared.constants);
       products_commit();
       own.wait(at + 1);
       pin(dscores);
@@ -133,6 +146,7 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
         products_wait<1>();
       }
       pin(weights);
+      if constexpr (S::kMaskProduct) pin(masks.operand);
 
       // ---- Weights ----
       LaneMask<kColumns> mask;
@@ -146,7 +160,8 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
           for (int e = 0; e < kColumns / 2; ++e) weights[e] *= scale;
         }
       } else {
-        masked = S::kHasBias || box.size < kColumns || !view.all_see(walk, cut);
+        masked = !S::kMaskProduct &&
+                 (S::kHasBias || box.size < kColumns || !view.all_see(walk, cut));
         if (masked) mask = view.mask(shared.sets, walk, cut);
         if constexpr (S::kHasBias) {
           const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "kernel.cuh"
-#include "mask_product.cuh"
 #include "softmax.cuh"
 
 namespace jax_na::cuda::sm90 {
@@ -33,7 +32,7 @@ struct Ones {
 template <class S>
 struct ForwardConstants {
   using OnesOf = Ones<typename S::T, typename S::Columns>;
-  std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, NoConstants> masks;
+  MaskConstants<S> masks;
   std::conditional_t<kSumProduct<S>, OnesOf, NoConstants> ones;
 
   __device__ __forceinline__ void fill(const Cut& cut, int threads) {
@@ -49,7 +48,7 @@ struct ForwardPass {
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 1;
   // More where tiles are short and their rows small.
-  template <int kDim>
+  template <int kDim, int>
   static constexpr int kRowTiles = kDim <= 32 ? 4 : 2;
   template <int, int, int>
   static constexpr int kExchange = 0;
@@ -60,14 +59,8 @@ struct ForwardPass {
 
   template <int kDim>
   static constexpr bool kMaskProduct = kDim <= 64;
-  static bool masks_by_product(const ForwardPlan& plan, int columns) {
-    const Problem& p = plan.call.problem;
-    const auto scale = static_cast<float>(p.scale);
-    return p.frame == nullptr && scale > 0x1p-20f && scale < 0x1p20f &&
-           fits_mask_product(p, plan.streams.cut, columns);
-  }
   template <int kDim, int kColumns>
-  static constexpr int kConstants = kDim <= 64 ? kColumns * 64 + 4 * 1024 : 0;
+  static constexpr int kConstants = kDim <= 64 ? kMaskConstants<kColumns> + 3 * 1024 : 0;
   template <class S>
   using Constants = ForwardConstants<S>;
 
@@ -256,13 +249,8 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       own.wait(keys);
       turns.wait();
       pin(scores);
-      if constexpr (S::kMaskProduct) pin(masks.operand);
-      products_begin();
-      if constexpr (S::kMaskProduct) {
-        masks.begin_scores<kColumns>(scores, shared.constants.masks);
-      }
-      multiply_channels<T, Rows, Columns>(
-          scores, queries, ptx::shared_address(own.block(keys)), S::kMaskProduct);
+      multiply_and_mask<S>(scores, queries, ptx::shared_address(own.block(keys)), masks,
+                           shared.constants.masks);
       products_commit();
       if constexpr (kPending) {
         add_values();

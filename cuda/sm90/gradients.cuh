@@ -20,14 +20,20 @@
 
 namespace jax_na::cuda::sm90 {
 
-struct GradientsPass : PlainPass {
+struct GradientsPass {
   using Plan = GradientsPlan;
   template <int kDim>
   using Variants = Gradients<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
-  template <int kDim>
+  template <int kDim, int>
   static constexpr int kRowTiles = kDim <= 64 ? 2 : 1;
+  template <int>
+  static constexpr bool kMaskProduct = true;
+  template <int, int kColumns>
+  static constexpr int kConstants = kMaskConstants<kColumns>;
+  template <class S>
+  using Constants = MaskConstants<S>;
   // The queries of a box, and both blocks of the next.
   static constexpr int kLeastSlots = 3;
 
@@ -180,7 +186,7 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       clear_padding<Rows>(own.rows(stage, 0), p.head_dim);
       clear_padding<Rows>(own.rows(stage, 1), p.value_dim);
     }
-    if (p.frame != nullptr) {  // what lies beyond the frame is no number
+    if (!S::kMaskProduct && p.frame != nullptr) {  // what lies beyond the frame is no number
       clear_absent<Rows>(own.rows(stage, 0), table.token[group]);
       clear_absent<Rows>(own.rows(stage, 1), table.token[group]);
     }
@@ -193,7 +199,12 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
     for (int h = 0; h < 2; ++h) {
       exists[h] = table.token[group][warp_row + lane / 4 + 8 * h] >= 0;
     }
-    view.read(table, cut, exists);
+    [[maybe_unused]] SeenBits seen;
+    if constexpr (S::kMaskProduct) {
+      seen.read(table, view, cut, exists);
+    } else {
+      view.read(table, cut, exists);
+    }
     const int32_t boxes = uniform(table.visits.boxes);
     clear(dkey);
     clear(dvalue);
@@ -206,21 +217,22 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       const uint32_t buffers = ptx::shared_address(own.pipeline.exchange);
       const uint32_t exchange = buffers + turn * Exchange::kAllBytes;
       turn ^= 1;
+      [[maybe_unused]] MaskRows masks;
+      if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, true);
       own.wait(at);
-      if (p.frame != nullptr) {  // what lies beyond the frame is no number
+      if (!S::kMaskProduct && p.frame != nullptr) {  // what lies beyond the frame is no number
         clear_overhang<Columns>(own.block(at), walk, box);
         own.barrier();
       }
       pin(weights);
-      products_begin();
-      multiply_channels<T, Rows, Columns>(weights, keys, queries);
+      multiply_and_mask<S>(weights, keys, queries, masks, shared.constants);
       products_commit();
       products_wait<1>();
       pin(dkey);
       if constexpr (kFromRegisters) pin(dweights);
       if (pending) own.release(pending_queries);
       own.wait(at + 1);
-      if (p.frame != nullptr) {
+      if (!S::kMaskProduct && p.frame != nullptr) {
         clear_overhang<Columns>(own.block(at + 1), walk, box);
         own.barrier();
       }
@@ -230,11 +242,13 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       products_commit();
 
       // ---- Weights ----
-      const bool masked = S::kHasBias || box.size < kColumns || !view.all_see(walk, cut);
+      const bool masked = !S::kMaskProduct &&
+                          (S::kHasBias || box.size < kColumns || !view.all_see(walk, cut));
       LaneMask<kColumns> mask;
       if (masked) mask = view.mask(shared.sets, walk, cut);
       products_wait<1>();
       pin(weights);
+      if constexpr (S::kMaskProduct) pin(masks.operand);
       if constexpr (S::kHasBias) {
         const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
                                           table.lo[2] + walk.at[2]};

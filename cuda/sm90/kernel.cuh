@@ -3,15 +3,14 @@
 //   Plan, Variants<kDim>        its parameters, and what is compiled
 //   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are:
 //                               queries alone, queries and output gradients, or keys and values
-//   kRowTiles<kDim>             tiles whose rows are there at once, 1 or as many as tables
+//   kRowTiles<kDim, kPipelines> tiles whose rows are there at once, 1 or as many as tables
 //   kLeastSlots                 of the ring, so that the walk does not stall
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
 //   kStatistics<kColumns>       its bytes per slot
 //   kExchange<kDim, kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
-//   kMaskProduct<kDim>          whether there are kernels that mask by a product, for the plans
-//   masks_by_product()          that this accepts
-//   Constants<S>                operands that are the same for all tiles;
-//   kConstants<kDim, kColumns>  their bytes
+//   kConstants<kDim, kColumns>  bytes of Constants<S>, what consumers multiply with beside what
+//                               comes; fill() of all threads makes them
+//   kMaskProduct<kDim>          whether there are kernels that mask by a product
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 
@@ -20,6 +19,7 @@
 
 #include "bias.cuh"
 #include "launch.cuh"
+#include "mask_product.cuh"
 #include "pipeline.cuh"
 
 namespace jax_na::cuda::sm90 {
@@ -28,15 +28,11 @@ struct NoConstants {
   __device__ __forceinline__ void fill(const Cut&, int) {}
 };
 
-// What a pass says that neither masks by products nor has constants.
-struct PlainPass {
-  template <int>
-  static constexpr bool kMaskProduct = false;
-  template <int, int>
-  static constexpr int kConstants = 0;
-  template <class S>
-  using Constants = NoConstants;
-};
+// The columns' side of masks by products.
+template <class S>
+using MaskConstants = std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, NoConstants>;
+template <int kColumns>
+constexpr int kMaskConstants = sizeof(MaskColumns<kColumns>) + 1024;
 
 template <class Pass, class S>
 struct Shared {
@@ -46,6 +42,24 @@ struct Shared {
   typename Pass::template Statistics<S> statistics[S::kPipelines];
   typename Pass::template Constants<S> constants;
 };
+
+// d = rows(a) rows(b)^T over the channels, masked if the kernel masks by products.
+template <class S>
+__device__ __forceinline__ void multiply_and_mask(float (&d)[S::kColumns / 2], uint32_t a,
+                                                  uint32_t b, MaskRows& masks,
+                                                  const MaskConstants<S>& constants) {
+  using T = typename S::T;
+  using Rows = typename S::Rows;
+  using Columns = typename S::Columns;
+  if constexpr (S::kMaskProduct) {
+    pin(masks.operand);
+    products_begin();
+    masks.begin_scores<S::kColumns>(d, constants);
+  } else {
+    products_begin();
+  }
+  multiply_channels<T, Rows, Columns>(d, a, b, S::kMaskProduct);
+}
 
 // Gives every warpgroup its part and its registers.
 template <class S, class Produce, class Consume>
@@ -134,7 +148,7 @@ cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& til
     };
     if (plan.call.in.bias != nullptr) return launch(std::true_type{}, std::false_type{});
     if constexpr (Pass::template kMaskProduct<kDim>) {
-      if (Pass::masks_by_product(plan, decltype(variant)::kColumns)) {
+      if (can_mask_by_product(plan.call.problem, plan.streams.cut, decltype(variant)::kColumns)) {
         return launch(std::false_type{}, std::true_type{});
       }
     }

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
 #include "tile.cuh"
 
 namespace jax_na::cuda::sm90 {
@@ -65,9 +66,11 @@ struct MaskColumns {
 struct SeenBits {
   uint32_t bits[2][kMaxRank];
 
+  // `exists` tells of both rows whether they see anything.
   template <int kGroups>
   __device__ __forceinline__ void read(const TileTable<kGroups>& table, const RowView& view,
-                                       const Cut& cut) {
+                                       const Cut& cut,
+                                       const bool (&exists)[2] = {true, true}) {
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       if (a < cut.group_axis) continue;
@@ -75,21 +78,25 @@ struct SeenBits {
       for (int h = 0; h < 2; ++h) {
         const Seen seen = table.seen[view.entry[h][a]];
         const int32_t lo = max(seen.lo, 0);
-        bits[h][a] = ptx::bit_run(lo, max(seen.hi - lo, 0));
+        bits[h][a] = exists[h] ? ptx::bit_run(lo, max(seen.hi - lo, 0)) : 0;
       }
     }
   }
 };
 
-// Whether that is enough up to the end of the last box, and a box has few enough coordinates.
-// Where columns are missing in a box, one entry more is needed.
-inline bool fits_mask_product(const Problem& p, const Cut& cut, int columns) {
+// Whether scores can be masked by a product: bits are enough up to the end of the last box, a
+// box has few enough coordinates, scores stay masked when they are scaled, and what is masked is
+// a number. Where columns are missing in a box, one entry more is needed.
+inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
+  const auto scale = static_cast<float>(p.scale);
+  if (p.frame != nullptr || !(scale > 0x1p-20f && scale < 0x1p20f)) return false;
   int64_t entries = cut.columns.size < columns ? 1 : 0;
   bool fits = true;
   for (int a = cut.group_axis; a < kMaxRank; ++a) {
     const AxisWindow& window = p.window[a];
     const int64_t extent = cut.columns.extent[a];
-    const int64_t most = int64_t{cut.rows.extent[a]} + window.kernel_size + window.stride - 2;
+    const int64_t rows = cut.ctas.tile.extent[a];
+    const int64_t most = rows + window.kernel_size + window.stride - 2;
     fits = fits && (most + extent - 1) / extent * extent <= kMostSeen;
     entries += extent;
   }

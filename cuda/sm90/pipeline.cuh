@@ -20,8 +20,7 @@ namespace jax_na::cuda::sm90 {
 constexpr int kSharedMemory = 227 * 1024;
 
 // kMaskProduct: see mask_product.cuh; never with a bias.
-template <typename T_, int kDim_, class Pass, class Variant, bool kHasBias_,
-          bool kMaskProduct_ = false>
+template <typename T_, int kDim_, class Pass, class Variant, bool kHasBias_, bool kMaskProduct_>
 struct Shape {
   using T = T_;
   static constexpr int kDim = kDim_;  // head_dim and value_dim, padded
@@ -44,14 +43,15 @@ struct Shape {
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
-  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;  // of which rows and
-  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;      // tables are there at once
+  // Tiles of which rows are there at once, and tables.
+  static constexpr int kRowTiles = Pass::template kRowTiles<kDim, kPipelines>;
+  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;
   static_assert(kRowTiles == 1 || kRowTiles == kTiles);
   static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
   static constexpr int kFixed =
       kRowTiles * kGroups * kRowArrays * Rows::kAllBytes + kExchange;
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
-  // Of a pipeline, and all else, at most: barriers, sets of columns, constants, alignment.
+  // Of a pipeline, and all else, at most: barriers, sets of columns, alignment.
   static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + kBias * 4);
   static constexpr int kElse =
       1536 + (24 * kColumns + 1536 + Pass::template kConstants<kDim, kColumns>) / kPipelines;

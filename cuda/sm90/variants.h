@@ -87,7 +87,7 @@ struct Gradients<32> {
 };
 template <>
 struct Gradients<64> {
-  static constexpr Variant kList[] = {{64, 1, 2}, {64, 2, 1}, {128, 2, 1}};
+  static constexpr Variant kList[] = {{64, 1, 2}, {64, 2, 1}};
 };
 template <>
 struct Gradients<128> {

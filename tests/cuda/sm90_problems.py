@@ -121,9 +121,10 @@ def _random_problem(choice: random.Random, passes: Sequence[Pass]) -> dict[str, 
         **frame,
     }
     for which in passes:
-        if which is GRADIENTS and problem["additional"]:
+        channels = max(head_dim, value_dim)
+        if which is GRADIENTS and (problem["additional"] or not which.takes(channels)):
             continue
-        kernel = choice.choice(which.kernels[which.padded(max(head_dim, value_dim))])
+        kernel = choice.choice(which.kernels[which.padded(channels)])
         rows, columns = query_grid, grid
         if which.rows_are_keys:
             rows, columns = grid, query_grid
