@@ -28,9 +28,19 @@ import timing
 import jax_na
 from jax_na import _lowering, _tiling_sm90
 from jax_na._tiling import Axis
-from jax_na._tiling_sm90 import DKEY_DVALUE, DQUERY, FORWARD, Pass, Tiling
+from jax_na._tiling_sm90 import (
+    DKEY_DVALUE,
+    DQUERY,
+    FORWARD,
+    GRADIENTS,
+    Pass,
+    Tiling,
+)
 
-PASSES = {which.name: which for which in (FORWARD, DQUERY, DKEY_DVALUE)}
+PASSES = {which.name: which for which in (FORWARD, DQUERY, DKEY_DVALUE, GRADIENTS)}
+
+#: Passes that one step launches; the kernels for Hopper are launched in this order.
+STEPS = (("forward", "dquery", "dkey_dvalue"), ("forward", "gradients"))
 
 #: Cycles of all multiprocessors of an H200 in a millisecond, at the clock that it keeps.
 CYCLES = 1.755e6 * 132
@@ -124,10 +134,12 @@ def _kernel_milliseconds(
         plan = make_plan(*arguments)
         assert plan is not None
         backward = {name: t for name, t in tilings.items() if name != "forward"}
+        at_once = "gradients" in backward
         return dataclasses.replace(
             plan,
             hopper_forward={"forward": tilings["forward"]},
-            hopper_backward=backward or "not measured",
+            hopper_backward="not measured" if at_once else backward or "not measured",
+            hopper_gradients=backward if at_once else "not measured",
         )
 
     def attend(*arrays: jax.Array) -> jax.Array:
@@ -150,20 +162,24 @@ def _kernel_milliseconds(
 
 
 def measure(case: cases.Case, per_kernel: int) -> Iterator[Measurement]:
-    passes = {
-        name: candidates(which, case, per_kernel)
-        for name, which in PASSES.items()
-        if case.head_dim <= max(which.kernels)
-    }
-    for index in range(max(map(len, passes.values()))):
-        # A pass with fewer plans goes on with its first.
-        tilings = {
-            name: plans[index if index < len(plans) else 0]
-            for name, plans in passes.items()
+    done: set[str] = set()
+    for step in STEPS:
+        passes = {
+            name: candidates(PASSES[name], case, per_kernel)
+            for name in step
+            if PASSES[name].takes(case.head_dim)
         }
-        for name, ms in _kernel_milliseconds(case, tilings).items():
-            if index < len(passes[name]):
-                yield Measurement(name, case, tilings[name], ms)
+        new = passes.keys() - done
+        done |= new
+        for index in range(max((len(passes[name]) for name in new), default=0)):
+            # A pass with fewer plans goes on with its first.
+            tilings = {
+                name: plans[index if index < len(plans) else 0]
+                for name, plans in passes.items()
+            }
+            for name, ms in _kernel_milliseconds(case, tilings).items():
+                if name in new and index < len(passes[name]):
+                    yield Measurement(name, case, tilings[name], ms)
 
 
 # ---- Fitting -------------------------------------------------------------------------

@@ -23,6 +23,18 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, boo
                "r"(valid ? 16 : 0));
 }
 
+// The same where `wanted`, else nothing, without a branch.
+__device__ __forceinline__ void copy_async_16_if(bool wanted, uint32_t to, const void* from,
+                                                 bool valid) {
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n"
+      "}\n" ::"r"(to),
+      "l"(from), "r"(valid ? 16 : 0), "r"(static_cast<int32_t>(wanted)));
+}
+
 // cp.async.commit_group
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::);
@@ -54,6 +66,19 @@ __device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
   uint32_t value;
   asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(address));
   return value;
+}
+
+// ---- Barriers of some warps ------------------------------------------------------------
+
+// bar.arrive and bar.sync, for `kThreads` threads in all: those that synchronise see what those
+// that arrive have written before.
+template <int kThreads>
+__device__ __forceinline__ void barrier_arrive(int barrier) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ __forceinline__ void barrier_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "n"(kThreads) : "memory");
 }
 
 // ---- Tensor cores: d += a b, a row-major, b column-major -------------------------------

@@ -123,11 +123,14 @@ def _fused_backward(
     tokens = 2 * (rows + stages * columns)
     statistics = 2 * 2 * 4 * columns
     size = tokens * row_bytes + statistics + _tables(rows) + _bias_tables(rows)
+    size = _aligned(size)
+    if operands.query.dtype.itemsize == 2 and 128 < row_bytes <= 256:
+        size += 2 * rows * columns  # weights that one warp makes for another
     # The sums of both do not fit the registers where heads are wide.
     wide = max(operands.query.shape[-1], operands.value.shape[-1]) > 128
-    found += _key_and_value("d{}", wide, _aligned(size))
+    found += _key_and_value("d{}", wide, size)
     if operands.additional_key is not None:
-        found += _key_and_value("dadditional_{}", wide, _aligned(size))
+        found += _key_and_value("dadditional_{}", wide, size)
         if plan.additional_splits > 1:
             found.append(Launch("sum of dadditional_key", 0))
             found.append(Launch("sum of dadditional_value", 0))

@@ -54,8 +54,8 @@ class Kernel:
             takes ``groups * pipelines`` times as long, as that many are under way.
         together: whether every warpgroup visits what any of a pipeline sees, instead of
             skipping what it does not see itself.
-        product_cycles: of a visit whose mask is a product, where the kernel has a form for
-            that.
+        product_cycles: of a visit whose mask is a product, of which the kernel has a form
+            of its own; None where it has not.
     """
 
     columns: int
@@ -179,41 +179,50 @@ FORWARD = Pass(
 DQUERY = Pass(
     "dquery",
     False,
-    Costs(mask=3.4, tile=1680, skip=180),
+    Costs(mask=4.1, tile=1840, skip=0),
     {
-        32: (Kernel(64, 1, 3, 380), Kernel(80, 1, 3, 370)),
-        64: (Kernel(80, 1, 2, 850), Kernel(96, 1, 2, 940)),
+        32: (
+            Kernel(64, 1, 3, 380, product_cycles=360),
+            Kernel(80, 1, 3, 370, product_cycles=420),
+        ),
+        64: (
+            Kernel(80, 1, 2, 870, product_cycles=1000),
+            Kernel(96, 1, 2, 1020, product_cycles=1050),
+        ),
         96: (Kernel(64, 2, 1, 1020),),
         128: (Kernel(64, 2, 1, 1250),),
     },
-    {32: 820, 64: 1020, 96: 1540, 128: 2060},
+    {32: 815, 64: 980, 96: 1440, 128: 1920},
 )
 
 DKEY_DVALUE = Pass(
     "dkey_dvalue",
     True,
-    Costs(mask=5.6, tile=690, skip=0),
+    Costs(mask=4.5, tile=0, skip=0),
     {
-        32: (Kernel(64, 1, 3, 660),),
-        64: (Kernel(48, 1, 3, 780), Kernel(80, 1, 2, 1330)),
-        96: (Kernel(64, 2, 1, 1310),),
-        128: (Kernel(64, 2, 1, 1570),),
+        32: (Kernel(64, 1, 3, 770, product_cycles=1030),),
+        64: (
+            Kernel(48, 1, 3, 790, product_cycles=920),
+            Kernel(80, 1, 2, 1300, product_cycles=1570),
+        ),
+        96: (Kernel(64, 2, 1, 1400),),
+        128: (Kernel(64, 2, 1, 1680),),
     },
-    {32: 1200, 64: 1500, 96: 2250, 128: 3010},
+    {32: 1080, 64: 1420, 96: 1850, 128: 2460},
 )
 
 #: Makes what DQUERY and DKEY_DVALUE make, where sums in any order are allowed.
 GRADIENTS = Pass(
     "gradients",
     True,
-    Costs(mask=5.6, tile=3000, skip=0),
+    Costs(mask=8.8, tile=0, skip=0),
     {
-        32: (Kernel(64, 1, 3, 500),),
+        32: (Kernel(64, 1, 3, 1000, product_cycles=1260),),
         64: (
-            Kernel(64, 1, 2, 850),
-            Kernel(64, 2, 1, 800, together=True),
+            Kernel(64, 1, 2, 1690, product_cycles=1930),
+            Kernel(64, 2, 1, 1540, product_cycles=1630, together=True),
         ),
-        128: (Kernel(64, 2, 1, 1550, together=True),),
+        128: (Kernel(64, 2, 1, 2670, product_cycles=2770, together=True),),
     },
     {
         dim: DQUERY.portable_cycles[dim] + cycles
@@ -222,7 +231,7 @@ GRADIENTS = Pass(
 )
 
 #: Of all multiprocessors together, to clear and to round one of GRADIENTS' sums in memory.
-SUM_CYCLES = 0.6
+SUM_CYCLES = 0.58
 
 
 def sums(queries: Any, channels: int) -> Any:
@@ -367,16 +376,16 @@ def _masks_by_product(
 ) -> np.ndarray:
     """bool ``[R, C]``: whether the masks of pairs of boxes are products.
 
-    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or with
-    frames have none either way.
+    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or
+    with frames have none either way.
     """
     if kernel.product_cycles is None:
         return np.zeros((len(row_boxes), len(column_boxes)), bool)
     missing = column_boxes.prod(axis=1) < kernel.columns
     few = column_boxes.sum(axis=1) + missing <= MASK_ENTRIES
     more = np.array([axis.kernel_size + axis.stride - 2 for axis in axes])
-    side_by_side = np.array([kernel.groups] + [1] * (len(axes) - 1))
-    seen = (row_boxes * side_by_side + more)[:, None]
+    rows = row_boxes * np.array([kernel.groups] + [1] * (len(axes) - 1))
+    seen = (rows + more)[:, None]
     visited = -(-seen // column_boxes) * column_boxes
     return few & (visited <= MOST_SEEN).all(axis=2)
 

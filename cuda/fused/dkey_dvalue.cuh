@@ -3,9 +3,14 @@
 //
 //   P^T = exp(scale K Q^T + bias - lse),  dV = P^T dO
 //   dS^T = P^T (V dO^T - delta),          dK = scale dS^T Q
+//
+// Warps work in pairs where both sums of wide rows would leave no registers for more than 16
+// rows: one makes P and dV of 32 rows, the other dS and dK of the same, so that every fragment
+// of queries and dO feeds two products, as in the other kernels.
 #pragma once
 
 #include "bias.cuh"
+#include "exchange.cuh"
 #include "gemm.cuh"
 #include "geometry.cuh"
 #include "launch.cuh"
@@ -33,15 +38,20 @@ struct DKeyShape {
   static constexpr int kColumns = columns_of(kDim, sizeof(T));
   static constexpr int kWarps = warps_of(kDim, sizeof(T));
   static constexpr int kThreads = kWarps * kWarpLanes;
-  static constexpr int kWarpRows = kRows / kWarps;
+  static constexpr bool kPaired = sizeof(T) == 2 && kDim > 64 && kDim <= 128;
+  static constexpr int kWarpRows = kRows / kWarps * (kPaired ? 2 : 1);
+  static constexpr int kRowGroups = kRows / kWarpRows;  // one warp each, or one pair
   static constexpr int kMTiles = kWarpRows / 16;
+  static constexpr int kSums = kPaired ? 1 : kDKey + kDValue;  // of a warp
   static constexpr int kStages = Layout::kRowBytes <= 256 ? 2 : 1;
+  // Copies are spread among the steps of a product where its loop is unrolled.
+  static constexpr bool kSpread = kStages == 2 && sizeof(T) == 2;
   static constexpr bool kRowsHeld = Layout::kRowBytes <= 64;
   static constexpr int kResident = Layout::kRowBytes <= 128   ? 3
                                    : Layout::kRowBytes <= 256 ? 2
                                                               : 1;
 
-  struct Shared {
+  struct Tile {
     alignas(128) uint8_t key[kRows * Layout::kRowBytes];    // dK in the end
     alignas(128) uint8_t value[kRows * Layout::kRowBytes];  // dV in the end
     alignas(128) uint8_t query[kStages][kColumns * Layout::kRowBytes];
@@ -51,6 +61,10 @@ struct DKeyShape {
     TileTables<kRows> tables;
     BiasTables<kRows> bias;
   };
+  struct TileOfPairs : Tile {
+    WeightExchange<kMTiles, kColumns / 8> weights[kRowGroups];
+  };
+  using Shared = std::conditional_t<kPaired, TileOfPairs, Tile>;
 };
 
 // The queries of one head after the other, box by box; where CTAs share them, a part of the
@@ -121,8 +135,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   const Problem& p = plan.call.problem;
   const Inputs& in = plan.call.in;
   auto& shared = shared_memory<typename S::Shared>();
-  const int warp_row = threadIdx.x / kWarpLanes * S::kWarpRows;  // the warp's first one
-  const int lane = threadIdx.x % kWarpLanes;
+  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+  const int row_group = warp % S::kRowGroups;
+  const int warp_row = row_group * S::kWarpRows;  // the warp's first one
+  // CTAs that share a multiprocessor should not have all their exponentials in the same warps.
+  const bool makes_dkey = (warp / S::kRowGroups + blockIdx.x) % 2 != 0;  // of a pair
   const float scale = static_cast<float>(p.scale);
   const float log2_scale = kHasBias ? kLog2E : scale * kLog2E;
 
@@ -163,38 +180,40 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       row_source(in.query, first_query, first_head, p.heads, p.head_dim, sizeof(T));
   const RowSource first_douts =
       row_source(plan.call.dout, first_query, first_head, p.heads, p.value_dim, sizeof(T));
-  const auto copy_box = [&](int stage, const QueryWalk& at) {
-    RowSource query = first_queries, dout = first_douts;
-    query.rows += at.member * p.head_dim * int{sizeof(T)};
-    dout.rows += at.member * p.value_dim * int{sizeof(T)};
-    copy_columns<Layout, kColumns, kThreads>(
-        shared.tables.column, at.walk.token(), at.walk.guarded_limits(),
-        ptx::shared_address(shared.query[stage]), query,
-        ptx::shared_address(shared.dout[stage]), dout);
+  const auto copy_of_box = [&](int stage, const QueryWalk& at) {
+    ColumnCopy<Layout, kColumns, kThreads> copy{
+        shared.tables.column,
+        at.walk.token(),
+        at.walk.guarded_limits(),
+        {ptx::shared_address(shared.query[stage]), ptx::shared_address(shared.dout[stage])},
+        {first_queries, first_douts},
+        at.more()};
+    copy.source[0].rows += at.member * p.head_dim * int{sizeof(T)};
+    copy.source[1].rows += at.member * p.value_dim * int{sizeof(T)};
+    return copy;
   };
-  // lse and delta of one query of a box per thread, on their way to shared memory.
-  float lse = kInfinity, delta = 0;
+  // lse and delta of one query of a box per thread, on their way to shared memory. Nothing waits
+  // for them until they are put there.
+  float lse = -kInfinity, delta = 0;
   const int64_t first_row = first_query * p.heads + first_head;
   const auto read_statistics = [&](const QueryWalk& at) {
-    lse = kInfinity;
-    delta = 0;
+    lse = -kInfinity;
     if (threadIdx.x >= kColumns) return;
     const ColumnEntry entry = shared.tables.column[threadIdx.x];
     if (!within(entry.coordinates, at.walk.guarded_limits())) return;
     const int64_t row =
         first_row + at.member + int64_t{at.walk.token() + entry.token} * p.heads;
-    const float natural = static_cast<const float*>(plan.call.lse)[row];
-    if (natural == -kInfinity) return;
-    lse = natural * kLog2E;
+    lse = static_cast<const float*>(plan.call.lse)[row];
     delta = static_cast<const float*>(plan.call.delta)[row];
   };
   const auto put_statistics = [&](int stage) {
     if (threadIdx.x >= kColumns) return;
-    shared.lse[stage][threadIdx.x] = lse;
-    shared.delta[stage][threadIdx.x] = delta;
+    const bool empty = lse == -kInfinity;
+    shared.lse[stage][threadIdx.x] = empty ? kInfinity : lse * kLog2E;
+    shared.delta[stage][threadIdx.x] = empty ? 0 : delta;
   };
   if (queries.more()) {
-    if (kStages == 2) copy_box(0, queries);
+    if (kStages == 2) copy_of_box(0, queries).start_all();
     read_statistics(queries);
     put_statistics(0);
   }
@@ -207,73 +226,115 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     key.hold();
     if constexpr (S::kDKey) value.hold();
   }
-  Accumulator dkey[kMTiles][S::kDKey ? S::kDim / 8 : 1];
-  Accumulator dvalue[kMTiles][S::kDValue ? S::kDim / 8 : 1];
+  Accumulator sums[S::kSums][kMTiles][S::kDim / 8];
+  auto& dkey = sums[0];
+  auto& dvalue = sums[S::kSums - 1];
   clear(dkey);
   clear(dvalue);
 
   for (int parity = 0; queries.more(); parity = 1 - parity) {
+    // All that does not touch the blocks is done before the barrier, where warps wait anyway.
     const int current = parity % kStages;
     QueryWalk next = queries;
     next.advance(plan.columns.order.extent);
+    const uint64_t columns = view.columns(shared.tables, queries.walk, plan.columns);
     if constexpr (kStages == 1) {
       __syncthreads();
-      copy_box(0, queries);
+      copy_of_box(0, queries).start_all();
       ptx::copy_async_commit();
     }
+    const auto copy = copy_of_box(kStages - 1 - current, next);
     // The box at hand has arrived, and all warps are done with what the copies overwrite.
     ptx::copy_async_wait<0>();
     __syncthreads();
-    if (next.more()) {
-      if (kStages == 2) copy_box(1 - current, next);
-      read_statistics(next);
-    }
-    ptx::copy_async_commit();
+    if constexpr (kStages == 2 && !S::kSpread) copy.start_all();
+    if (next.more()) read_statistics(next);
     const uint32_t query_block = ptx::shared_address(shared.query[current]);
     const uint32_t dout_block = ptx::shared_address(shared.dout[current]);
 
-    const uint64_t columns = view.columns(shared.tables, queries.walk, plan.columns);
     if (__any_sync(kFullWarp, columns != 0)) {
-      Accumulator weights[kMTiles][kNTiles];
-      clear(weights);
-      multiply_rows<T, kPrecision>(weights, key, query_block);
-      if constexpr (kHasBias) {
-        const int32_t head = first_head + queries.member;
-        const float* bias = static_cast<const float*>(in.bias) +
-                            place.batch * p.bias_batch_stride + head * p.bias_size();
-        add_bias<Sided::kSign>(weights, scale, LaneMask<kMTiles>(columns), bias, shared.bias, p,
-                               queries.walk, warp_row);
-      }
       const float2* lse_of = reinterpret_cast<const float2*>(shared.lse[parity]) + lane % 4;
       const float2* delta_of = reinterpret_cast<const float2*>(shared.delta[parity]) + lane % 4;
-      for_each_element(weights, [&](float& score, int, int, int n, int i) {
-        const float2 pair = lse_of[4 * n];
-        score = ptx::exp2(score * log2_scale - (i == 0 ? pair.x : pair.y));
-      });
-      if (!kHasBias && !__all_sync(kFullWarp, all_columns<kColumns>(columns))) {
-        const LaneMask<kMTiles> mask(columns);
-        for_each_element(weights, [&](float& weight, int m, int half, int n, int i) {
-          if (!mask.test(m, half, n, i)) weight = 0;
+      // K Q^T or V dO^T, and meanwhile the copy of the next box.
+      const auto first_product = [&](auto& product, const auto& rows, uint32_t block) {
+        clear(product);
+        multiply_rows<T, kPrecision>(product, rows, block, [&](int step) {
+          if constexpr (S::kSpread) copy.start_after(step);
         });
-      }
-      if constexpr (S::kDValue) {
-        if (plan.call.dvalue != nullptr) {
+      };
+      // The logarithms of the weights to base 2.
+      const auto scale_scores = [&](auto& scores) {
+        if constexpr (kHasBias) {
+          const int32_t head = first_head + queries.member;
+          const float* bias = static_cast<const float*>(in.bias) +
+                              place.batch * p.bias_batch_stride + head * p.bias_size();
+          add_bias<Sided::kSign>(scores, scale, LaneMask<kMTiles>(columns), bias, shared.bias, p,
+                                 queries.walk, warp_row);
+        }
+        for_each_element(scores, [&](float& score, int, int, int n, int i) {
+          const float2 pair = lse_of[4 * n];
+          score = score * log2_scale - (i == 0 ? pair.x : pair.y);
+        });
+        if (!kHasBias && !__all_sync(kFullWarp, all_columns<kColumns>(columns))) {
+          const LaneMask<kMTiles> mask(columns);
+          for_each_element(scores, [&](float& score, int m, int half, int n, int i) {
+            if (!mask.test(m, half, n, i)) score = -kInfinity;
+          });
+        }
+      };
+      const auto subtract_delta = [&](auto& dweights) {
+        for_each_element(dweights, [&](float& dweight, int, int, int n, int i) {
+          const float2 pair = delta_of[4 * n];
+          dweight -= i == 0 ? pair.x : pair.y;
+        });
+      };
+      const auto raise = [](float& score, auto...) { score = ptx::exp2(score); };
+
+      Accumulator weights[kMTiles][kNTiles];
+      if constexpr (S::kPaired) {
+        const int barrier = 1 + row_group;  // 0 is that of __syncthreads
+        first_product(weights, makes_dkey ? value : key, makes_dkey ? dout_block : query_block);
+        if (makes_dkey) {
+          subtract_delta(weights);
+          ptx::barrier_sync<2 * kWarpLanes>(barrier);
+          shared.weights[row_group].multiply(weights);
+        } else {
+          scale_scores(weights);
+          for_each_element(weights, raise);
+          shared.weights[row_group].put(weights);
+          ptx::barrier_arrive<2 * kWarpLanes>(barrier);
+        }
+        multiply_columns<T, kPrecision, Layout>(sums[0], weights,
+                                                makes_dkey ? query_block : dout_block);
+      } else {
+        // Products hide the rest of the arithmetic where there is no branch between them, and
+        // registers for both: those of float32 hold weights unpacked until dV is made.
+        constexpr bool kBoth = S::kDKey && sizeof(T) == 2;
+        Accumulator dweights[kMTiles][kNTiles];
+        const auto multiply_values = [&] {
+          clear(dweights);
+          multiply_rows<T, kPrecision>(dweights, value, dout_block);
+        };
+        first_product(weights, key, query_block);
+        scale_scores(weights);
+        if constexpr (kBoth) multiply_values();
+        for_each_element(weights, raise);
+        if constexpr (S::kDValue) {
           multiply_columns<T, kPrecision, Layout>(dvalue, weights, dout_block);
         }
-      }
-      if (S::kDKey && plan.call.dkey != nullptr) {
-        Accumulator dscores[kMTiles][kNTiles];
-        clear(dscores);
-        multiply_rows<T, kPrecision>(dscores, value, dout_block);
-        for_each_element(weights, [&](float& weight, int m, int half, int n, int i) {
-          const float2 pair = delta_of[4 * n];
-          weight *= dscores[m][n][2 * half + i] - (i == 0 ? pair.x : pair.y);
-        });
         if constexpr (S::kDKey) {
+          if constexpr (!kBoth) multiply_values();
+          subtract_delta(dweights);
+          for_each_element(weights, [&](float& weight, int m, int half, int n, int i) {
+            weight *= dweights[m][n][2 * half + i];
+          });
           multiply_columns<T, kPrecision, Layout>(dkey, weights, query_block);
         }
       }
+    } else if constexpr (S::kSpread) {
+      copy.start_all();
     }
+    ptx::copy_async_commit();
     if (next.more()) put_statistics(1 - parity);
     queries = next;
   }
@@ -299,10 +360,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
         block, warp_row, shared.tables.row_token,
         row_source(gradient, first_key, place.key_head, p.key_heads, dim, sizeof(T)));
   };
-  if constexpr (S::kDKey) {
+  if constexpr (S::kPaired) __syncthreads();  // the other warp has read the rows
+  if (S::kPaired ? makes_dkey : S::kDKey) {
     store(shared.key, dkey, scale, plan.call.dkey, plan.dkey_partials, p.head_dim);
   }
-  if constexpr (S::kDValue) {
+  if (S::kPaired ? !makes_dkey : S::kDValue) {
     store(shared.value, dvalue, 1, plan.call.dvalue, plan.dvalue_partials, p.value_dim);
   }
 }

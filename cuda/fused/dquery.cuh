@@ -31,6 +31,8 @@ struct DQueryShape {
   static constexpr int kWarpRows = kRows / kWarps;
   static constexpr int kMTiles = kWarpRows / 16;
   static constexpr int kStages = Layout::kRowBytes <= 256 ? 2 : 1;
+  // Copies are spread among the steps of a product where its loop is unrolled.
+  static constexpr bool kSpread = kStages == 2 && sizeof(T) == 2;
   static constexpr bool kRowsHeld = kMTiles * Layout::kRowBytes <= 128;
   static constexpr int kResident = kMTiles == 2               ? 2
                                    : Layout::kRowBytes <= 128 ? 3
@@ -157,33 +159,34 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     clear(sums);
 
     for (int current = 0; walk.more(); current = (current + 1) % kStages) {
+      // All that does not touch the blocks is done before the barrier, where warps wait anyway.
       Walk next = walk;
       next.advance(plan.columns.order.extent);
+      const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
       if constexpr (kStages == 1) {
         __syncthreads();
         stream.follow(walk, p, in, place, shared.tables);
         stream.copy_both(shared.key[0], shared.value[0], walk);
         ptx::copy_async_commit();
+      } else {
+        stream.follow(next, p, in, place, shared.tables);
       }
+      const auto copy = stream.copy_of_both(shared.key[kStages - 1 - current],
+                                            shared.value[kStages - 1 - current], next);
       // The box at hand has arrived, and all warps are done with what the copies overwrite.
       ptx::copy_async_wait<0>();
       __syncthreads();
-      if constexpr (kStages == 2) {
-        stream.follow(next, p, in, place, shared.tables);
-        if (next.more()) {
-          stream.copy_both(shared.key[1 - current], shared.value[1 - current], next);
-        }
-        ptx::copy_async_commit();
-      }
+      if constexpr (kStages == 2 && !S::kSpread) copy.start_all();
       const uint32_t key_block = ptx::shared_address(shared.key[current]);
       const uint32_t value_block = ptx::shared_address(shared.value[current]);
 
       const bool with_bias = kHasBias && !walk.in_list;
-      const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
       if (__any_sync(kFullWarp, columns != 0)) {
         Accumulator scores[kMTiles][kColumns / 8], dscores[kMTiles][kColumns / 8];
         clear(scores);
-        multiply_rows<T, kPrecision>(scores, query, key_block);
+        multiply_rows<T, kPrecision>(scores, query, key_block, [&](int step) {
+          if constexpr (S::kSpread) copy.start_after(step);
+        });
         if constexpr (kHasBias) {
           if (with_bias) {
             add_bias<Sides<kQueries>::kSign>(scores, scale, LaneMask<kMTiles>(columns), bias,
@@ -193,16 +196,18 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
           }
         }
         for_each_element(scores, [&](float& score, int m, int half, int, int) {
-          score = ptx::exp2(score * log2_scale - statistics.lse[m][half]);
+          score = score * log2_scale - statistics.lse[m][half];
         });
         if (!with_bias && !__all_sync(kFullWarp, all_columns<kColumns>(columns))) {
           const LaneMask<kMTiles> mask(columns);
-          for_each_element(scores, [&](float& weight, int m, int half, int n, int i) {
-            if (!mask.test(m, half, n, i)) weight = 0;
+          for_each_element(scores, [&](float& score, int m, int half, int n, int i) {
+            if (!mask.test(m, half, n, i)) score = -kInfinity;
           });
         }
+        // From here on without a branch, so that products hide the rest of the arithmetic.
         clear(dscores);
         multiply_rows<T, kPrecision>(dscores, dout, value_block);
+        for_each_element(scores, [&](float& score, auto...) { score = ptx::exp2(score); });
         for_each_element(scores, [&](float& weight, int m, int half, int n, int i) {
           weight *= dscores[m][n][2 * half + i] - statistics.delta[m][half];
         });
@@ -211,6 +216,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
           if (with_bias && gradient.wanted()) shared.dscore.put(warp_row, scores);
         }
       } else {
+        if constexpr (S::kSpread) copy.start_all();
         if constexpr (kHasBias) {
           if (gradient.wanted()) shared.dscore.template put_zeros<kMTiles>(warp_row);
         }
@@ -221,6 +227,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
           gradient.add<kThreads>(shared.dscore, plan, walk);
         }
       }
+      ptx::copy_async_commit();
       walk = next;
     }
     ptx::copy_async_wait<0>();

@@ -100,10 +100,12 @@ struct RowOperand {
 };
 
 // d[r][c] += sum_e a[r][e] * b[c][e]: the columns of the product are rows of the block `b`.
-template <typename T, Precision kPrecision, class Layout, int kMTiles, int kNTiles, bool kHeld>
+// Calls after(step) when a step along the rows is done.
+template <typename T, Precision kPrecision, class Layout, int kMTiles, int kNTiles, bool kHeld,
+          class After>
 __device__ __forceinline__ void multiply_rows(Accumulator (&d)[kMTiles][kNTiles],
                                               const RowOperand<Layout, kMTiles, kHeld>& a,
-                                              uint32_t b) {
+                                              uint32_t b, const After& after) {
   const int lane = threadIdx.x % kWarpLanes;
   const LanePointer<Layout> pointer(b, lane % 8 + lane / 16 * 8, lane / 8 % 2);
   // Held operands need constant indices; others need not grow the code of float32 so much.
@@ -122,7 +124,15 @@ __device__ __forceinline__ void multiply_rows(Accumulator (&d)[kMTiles][kNTiles]
         multiply_add<T, kPrecision>(d[m][n + 1], rows[m], columns[2], columns[3]);
       }
     }
+    after(step);
   }
+}
+
+template <typename T, Precision kPrecision, class Layout, int kMTiles, int kNTiles, bool kHeld>
+__device__ __forceinline__ void multiply_rows(Accumulator (&d)[kMTiles][kNTiles],
+                                              const RowOperand<Layout, kMTiles, kHeld>& a,
+                                              uint32_t b) {
+  multiply_rows<T, kPrecision>(d, a, b, [](int) {});
 }
 
 template <typename T>

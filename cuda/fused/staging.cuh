@@ -106,6 +106,57 @@ __device__ __forceinline__ void copy_columns(const ColumnEntry* entries, int32_t
   }
 }
 
+// The copy of the columns of a box from two arrays of the same tokens, in kParts parts without
+// branches, which the compiler spreads among the products that they are started between.
+template <class Layout, int kColumns, int kThreads>
+struct ColumnCopy {
+  using Share = CopyShare<Layout, kThreads>;
+  static constexpr int kParts = kColumns / Share::kRowsPerPass;
+  static constexpr int kSteps = Layout::kRowBytes / 32;  // of a product along these rows
+
+  const ColumnEntry* entries;
+  int32_t token;
+  uint32_t guarded_limits;
+  uint32_t block[2];
+  RowSource source[2];
+  bool wanted;
+
+  // What belongs after one of the kSteps.
+  __device__ __forceinline__ void start_after(int step) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (part * kSteps / kParts == step) start(part);
+    }
+  }
+
+  __device__ __forceinline__ void start_all() const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) start(part);
+  }
+
+ private:
+  __device__ __forceinline__ void start(int part) const {
+    constexpr int kGroupBytes = Layout::kGroup * kChunkBytes;
+    const Share share;
+    const int row = part * Share::kRowsPerPass;
+    const ColumnEntry entry = entries[share.row + row];
+    const bool exists = within(entry.coordinates, guarded_limits);
+    const uint32_t at = Layout::offset(share.row, share.chunk) + row * Layout::kRowBytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint8_t* from = source[i].rows +
+                            int64_t{token + entry.token} * source[i].row_bytes +
+                            share.chunk * kChunkBytes;
+#pragma unroll
+      for (int g = 0; g < Share::kGroups; ++g) {
+        const bool in_row = share.chunk + g * Layout::kGroup < source[i].chunks;
+        ptx::copy_async_16_if(wanted && in_row, block[i] + at + g * kGroupBytes,
+                              from + g * kGroupBytes, exists);
+      }
+    }
+  }
+};
+
 // Starts to copy the rows of a tile; rows without a token in the grid become zeros.
 template <class Layout, int kRows, int kThreads>
 __device__ __forceinline__ void copy_rows(uint32_t block, const RowSource& source,

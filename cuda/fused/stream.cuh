@@ -77,6 +77,17 @@ struct KeyStream {
                                              ptx::shared_address(keys), key,
                                              ptx::shared_address(values), value);
   }
+
+  // The same to be started in parts, of nothing where the walk is at its end.
+  __device__ __forceinline__ ColumnCopy<Layout, kColumns, kThreads> copy_of_both(
+      uint8_t* keys, uint8_t* values, const Walk& walk) const {
+    return {entries,
+            walk.token(),
+            walk.guarded_limits(),
+            {ptx::shared_address(keys), ptx::shared_address(values)},
+            {key, value},
+            walk.more()};
+  }
 };
 
 }  // namespace jax_na::cuda::fused

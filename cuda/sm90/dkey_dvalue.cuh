@@ -21,7 +21,7 @@ struct DKeyPass {
   using Variants = DKey<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
-  template <int, int>
+  template <int>
   static constexpr int kRowTiles = 2;
   template <int kDim>
   static constexpr bool kMaskProduct = kDim <= 64;

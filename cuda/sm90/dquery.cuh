@@ -19,7 +19,7 @@ struct DQueryPass {
   using Variants = DQuery<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 2;
-  template <int, int>
+  template <int>
   static constexpr int kRowTiles = 2;
   template <int kDim>
   static constexpr bool kMaskProduct = kDim <= 64;

@@ -48,7 +48,7 @@ struct ForwardPass {
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 1;
   // More where tiles are short and their rows small.
-  template <int kDim, int>
+  template <int kDim>
   static constexpr int kRowTiles = kDim <= 32 ? 4 : 2;
   template <int, int, int>
   static constexpr int kExchange = 0;

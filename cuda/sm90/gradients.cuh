@@ -26,7 +26,7 @@ struct GradientsPass {
   using Variants = Gradients<kDim>;
   static constexpr Side kRowsAre = Side::kKeys;
   static constexpr int kRowArrays = 2;
-  template <int kDim, int>
+  template <int kDim>
   static constexpr int kRowTiles = kDim <= 64 ? 2 : 1;
   template <int>
   static constexpr bool kMaskProduct = true;

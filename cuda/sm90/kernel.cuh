@@ -3,7 +3,7 @@
 //   Plan, Variants<kDim>        its parameters, and what is compiled
 //   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are:
 //                               queries alone, queries and output gradients, or keys and values
-//   kRowTiles<kDim, kPipelines> tiles whose rows are there at once, 1 or as many as tables
+//   kRowTiles<kDim>             tiles whose rows are there at once, 1 or as many as tables
 //   kLeastSlots                 of the ring, so that the walk does not stall
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
 //   kStatistics<kColumns>       its bytes per slot

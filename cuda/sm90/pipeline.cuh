@@ -44,14 +44,14 @@ struct Shape {
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
   // Tiles of which rows are there at once, and tables.
-  static constexpr int kRowTiles = Pass::template kRowTiles<kDim, kPipelines>;
+  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;
   static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;
   static_assert(kRowTiles == 1 || kRowTiles == kTiles);
   static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
   static constexpr int kFixed =
       kRowTiles * kGroups * kRowArrays * Rows::kAllBytes + kExchange;
   static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
-  // Of a pipeline, and all else, at most: barriers, sets of columns, alignment.
+  // Of a pipeline, and all else, at most: barriers, sets of columns, constants, alignment.
   static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + kBias * 4);
   static constexpr int kElse =
       1536 + (24 * kColumns + 1536 + Pass::template kConstants<kDim, kColumns>) / kPipelines;
