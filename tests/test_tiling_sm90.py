@@ -141,6 +141,31 @@ def test_counts_are_exact(problem: Any) -> None:
     assert tiling.visited_pairs == tiling.visits * 64 * kernel.columns
 
 
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "column_box", "expected"),
+    [
+        (13, 1, (4, 20), True),
+        (13, 1, (3, 26), True),  # and an entry for the columns that are missing
+        (13, 1, (2, 31), False),  # too many coordinates
+        (13, 8, (4, 20), False),  # 27 columns, or two boxes
+        (25, 1, (10, 8), False),  # 32 columns, or four boxes
+        (25, 1, (16, 4), True),
+        (26, 1, (16, 4), False),
+    ],
+)
+def test_masks_by_product(
+    kernel_size: int, stride: int, column_box: tuple[int, ...], expected: bool
+) -> None:
+    axes = (Axis(64, kernel_size, stride, 1, False),) * 2
+    kernel = Kernel(80, 1, 3, 700)
+    for product_cycles in (None, 600):
+        kernel = dataclasses.replace(kernel, product_cycles=product_cycles)
+        tiling = _tiling_sm90.count(axes, FORWARD.interval, kernel, (8, 8), column_box)
+        assert tiling.masks_by_product == (expected and product_cycles is not None)
+        visit = kernel.product_cycles if tiling.masks_by_product else kernel.cycles
+        assert FORWARD.cycles_of(tiling, None) >= tiling.visits * visit
+
+
 PASSES = ("hopper_forward", "hopper_backward", "hopper_gradients")
 
 # ---- Choice --------------------------------------------------------------------------
@@ -335,29 +360,13 @@ def test_when_gradients_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         assert ("gradients" in found) == at_once
 
 
-def test_masks_by_products() -> None:
-    """Where the boxes that a tile visits span at most 32 coordinates of an axis."""
-    axes = (Axis(64, 13, 1, 1, False), Axis(64, 13, 2, 1, False))
-
-    def by_product(
-        columns: int, row_box: Any, column_box: Any, groups: int = 1
-    ) -> bool:
-        kernel = Kernel(columns, groups, 1, 100, product_cycles=90)
-        count = _tiling_sm90.count
-        return count(
-            axes, FORWARD.interval, kernel, row_box, column_box
-        ).masks_by_product
-
-    assert by_product(80, (8, 8), (4, 20)) is False  # 2 times 20 columns
-    assert by_product(80, (8, 8), (8, 10)) is True
-    assert (
-        by_product(80, (8, 8), (2, 16)) is True
-    )  # 18 coordinates, and one for the rest
-    assert by_product(64, (16, 4), (8, 8)) is True
-    assert by_product(64, (16, 4), (8, 8), groups=2) is False  # 44 rows' columns
-    plain = Kernel(80, 1, 1, 100)
-    tiling = _tiling_sm90.count(axes, FORWARD.interval, plain, (8, 8), (8, 10))
-    assert tiling.masks_by_product is False
+def test_masks_by_product_of_several_groups() -> None:
+    """The boxes of a tile span what all its warpgroups see."""
+    axes = (Axis(64, 13, 1, 1, False),) * 2
+    for groups, expected in ((1, True), (2, False)):
+        kernel = Kernel(64, groups, 1, 100, product_cycles=90)
+        tiling = _tiling_sm90.count(axes, FORWARD.interval, kernel, (12, 4), (8, 8))
+        assert tiling.masks_by_product == expected
 
 
 def test_choice_among_measured_plans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,5 +417,7 @@ def test_limits_are_those_of_the_kernels() -> None:
         ("tensor_map.cc", f"kLargestStride = {_tiling_sm90.LARGEST_DILATION};"),
         ("wgmma.cuh", f"kGroupRows = {ROWS};"),
         ("variants.h", f"kLargestBias = {_tiling_sm90.LARGEST_BIAS};"),
+        ("mask_product.cuh", f"kMaskEntries = {_tiling_sm90.MASK_ENTRIES};"),
+        ("mask_product.cuh", f"kMostSeen = {_tiling_sm90.MOST_SEEN};"),
     ):
         assert constant in (SOURCES / file).read_text()

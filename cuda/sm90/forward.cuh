@@ -8,7 +8,6 @@
 #pragma once
 
 #include "kernel.cuh"
-#include "mask_product.cuh"
 #include "softmax.cuh"
 
 namespace jax_na::cuda::sm90 {
@@ -18,8 +17,9 @@ namespace jax_na::cuda::sm90 {
 template <class S>
 constexpr bool kSumProduct = S::kDim <= 64;
 
+// The 16 rows of a step of the product with the values.
 template <class T, class Columns>
-struct Ones {  // the 16 rows of a step of a product
+struct Ones {
   static constexpr int kPairs = 16 * Columns::kRowBytes / 4;
   alignas(1024) uint32_t pair[kPairs];
 
@@ -31,8 +31,9 @@ struct Ones {  // the 16 rows of a step of a product
 
 template <class S>
 struct ForwardConstants {
-  std::conditional_t<S::kMaskProduct, MaskColumns<S::kColumns>, NoConstants> masks;
-  std::conditional_t<kSumProduct<S>, Ones<typename S::T, typename S::Columns>, NoConstants> ones;
+  using OnesOf = Ones<typename S::T, typename S::Columns>;
+  MaskConstants<S> masks;
+  std::conditional_t<kSumProduct<S>, OnesOf, NoConstants> ones;
 
   __device__ __forceinline__ void fill(const Cut& cut, int threads) {
     masks.fill(cut, threads);
@@ -107,22 +108,12 @@ struct Turns {
   }
 };
 
-template <class S>
-__device__ __forceinline__ void consume_ahead(const ForwardPlan& plan,
-                                              Shared<ForwardPass, S>& shared, int index);
-
 // ---- Consumer ----------------------------------------------------------------------------
 
 template <class S>
 __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
                                                      Shared<ForwardPass, S>& shared,
                                                      int index) {
-#ifdef AHEAD
-  if constexpr (S::kMaskProduct && S::kGroups == 1) {
-    consume_ahead<S>(plan, shared, index);
-    return;
-  }
-#endif
   using T = typename S::T;
   using Rows = typename S::Rows;
   using Columns = typename S::Columns;
@@ -258,13 +249,8 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       own.wait(keys);
       turns.wait();
       pin(scores);
-      if constexpr (S::kMaskProduct) pin(masks.operand);
-      products_begin();
-      if constexpr (S::kMaskProduct) {
-        masks.begin_scores<kColumns>(scores, shared.constants.masks);
-      }
-      multiply_channels<T, Rows, Columns>(
-          scores, queries, ptx::shared_address(own.block(keys)), S::kMaskProduct);
+      multiply_and_mask<S>(scores, queries, ptx::shared_address(own.block(keys)), masks,
+                           shared.constants.masks);
       products_commit();
       if constexpr (kPending) {
         add_values();
@@ -348,175 +334,6 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     due_stage = stage;
   }
   finish_pending();
-}
-
-// The same with two score tiles, so that the scores of the next box are made during the softmax
-// of the one at hand, be it of the same tile or of the next.
-template <class S>
-__device__ __forceinline__ void consume_ahead(const ForwardPlan& plan,
-                                              Shared<ForwardPass, S>& shared, int index) {
-  using T = typename S::T;
-  using Rows = typename S::Rows;
-  using Columns = typename S::Columns;
-  constexpr int kColumns = S::kColumns;
-  static_assert(S::kGroups == 1 && S::kMaskProduct && S::kTiles >= 3);
-  const Problem& p = plan.call.problem;
-  const Cut& cut = plan.streams.cut;
-  const BoxOrder& box = cut.columns;
-  const float log2_scale = static_cast<float>(p.scale) * kLog2E;
-  // What is masked by a product stays below the reference, whatever else a row sees.
-  const float lowest = kMaskedScore / 2 * log2_scale;
-
-  Consumer<S> own(shared.pipeline[index], index);
-  RowView view;
-  view.place<1>(cut, 0);
-
-  // ---- The box whose scores are made next ----
-  uint32_t stage = 0, keys = 0;
-  int32_t i = 0, boxes = 0, grid_boxes = 0;
-  BoxWalk walk;
-  SeenBits seen;
-  MaskRows masks;
-  const auto open_tile = [&] {
-    stage = own.next_tile();
-    const auto& table = own.pipeline.table[stage];
-    if (table.end) return false;
-    if (p.head_dim < S::kDim) {
-      clear_padding<Rows>(own.rows(stage, 0), p.head_dim);
-      own.barrier();
-    }
-    seen.read(table, view, cut);
-    boxes = uniform(table.visits.boxes);
-    grid_boxes = uniform(table.visits.grid_boxes);
-    walk = walk_of(table, cut, 0);
-    i = 0;
-    return true;
-  };
-  const auto begin_scores = [&](float (&scores)[kColumns / 2], bool exists) {
-    masks.make(seen, walk, cut, i < grid_boxes);
-    if (exists) own.wait(keys);
-    pin(scores);
-    pin(masks.operand);
-    products_begin();
-    multiply_channels<__nv_bfloat16, typename MaskColumns<kColumns>::Rows>(
-        scores, masks.operand, ptx::shared_address(shared.constants.masks.rows));
-    multiply_channels<T, Rows, Columns>(scores, ptx::shared_address(own.rows(stage, 0)),
-                                        ptx::shared_address(own.block(keys)), true);
-    products_commit();
-  };
-
-  float sums[S::kDim / 2 + 4];
-  bool begun = false;  // there is something in the sums
-  uint32_t weights[kColumns / 4];
-  bool pending = false;  // there are weights whose values are to be added,
-  uint32_t values = 0;   // those at this position
-  OnlineSoftmax softmax(lowest);
-  const auto begin_values = [&] {
-    if (pending) own.wait(values);
-    pin(sums);
-    pin(weights);
-    products_begin();
-    multiply_rows_and_sum<T, Columns>(sums, weights, ptx::shared_address(own.block(values)),
-                                      ptx::shared_address(shared.constants.ones.pair), begun);
-    products_commit();
-  };
-  const auto store_output = [&](uint32_t stage, const float (&reference)[2]) {
-    auto& table = own.pipeline.table[stage];
-    const int64_t first_row = table.first_row;
-    const int lane = threadIdx.x % kWarpLanes;
-    const int own_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows + lane / 4;
-    float factor[2], lse[2];
-    bool none[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float total = sums[S::kDim / 2 + 2 * h];
-      factor[h] = ptx::reciprocal(total);
-      none[h] = total == 0;
-      lse[h] = none[h] ? -kInfinity : (reference[h] + ptx::log2(total)) * kLn2;
-    }
-    own.barrier();  // all warps are done with these queries
-    put_rows<T, Rows>(own.rows(stage, 0), sums, factor);
-    int32_t tokens[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      int32_t& token = table.token[0][own_row + 8 * h];
-      tokens[h] = token;
-      if (lane % 4 == 0 && tokens[h] >= 0 && none[h]) token = ~tokens[h];
-    }
-    __syncwarp();
-    RowCopy<Rows> rows;
-    rows.read(own.rows(stage, 0), table.token[0]);
-    own.release_tile(stage);
-    rows.write(static_cast<T*>(plan.call.out) + first_row * p.value_dim,
-               int64_t{p.heads} * p.value_dim, p.value_dim);
-    float* lse_of_tile = static_cast<float*>(plan.call.lse) + first_row;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (lane % 4 != 0 || tokens[h] == kNoToken) continue;
-      const auto at = static_cast<uint32_t>(max(tokens[h], ~tokens[h]));
-      lse_of_tile[uint64_t{at} * static_cast<uint32_t>(p.heads)] =
-          tokens[h] < 0 ? -kInfinity : lse[h];
-    }
-    begun = false;
-  };
-
-  // ---- The box at hand ----
-  bool more = open_tile();
-  if (!more) return;
-  uint32_t done_stage = stage;
-  float scores_a[kColumns / 2], scores_b[kColumns / 2];
-  clear(weights);
-  clear(sums);
-  begin_scores(scores_a, true);
-  products_wait<0>();
-  pin(scores_a);
-  pin(masks.operand);
-  const auto visit = [&](float (&scores)[kColumns / 2], float (&next)[kColumns / 2]) {
-    const uint32_t own_keys = keys, own_stage = stage;
-    const bool first = i == 0;
-    const int32_t left =
-        i < grid_boxes ? kColumns : min(p.additional - (i - grid_boxes) * box.size, box.size);
-    own.release(own_keys);
-    keys += 2;
-    // Of no box where nothing is pending, or nothing follows: no product is under a condition.
-    begin_values();
-    walk.advance(box);
-    ++i;
-    if (i == boxes) more = open_tile();
-    begin_scores(next, more);
-
-    // ---- Softmax ----
-    if (left < kColumns) hide<kColumns>(scores, LaneMask<kColumns>::leading(left));
-    const float reference[2] = {softmax.reference[0], softmax.reference[1]};
-    if (first) softmax = OnlineSoftmax(lowest);
-    const bool grown = softmax.template weigh<false>(scores, log2_scale);
-    products_wait<1>();
-    pin(sums);
-    if (pending) own.release(values);
-    begun = pending;
-    if (first && pending) {
-      store_output(done_stage, reference);
-    } else if (grown) {
-      softmax.rescale(sums);
-    }
-    pack_all<T>(weights, scores);
-    values = own_keys + 1;
-    pending = true;
-    done_stage = own_stage;
-    products_wait<0>();
-    pin(next);
-    pin(masks.operand);
-  };
-  for (;;) {
-    visit(scores_a, scores_b);
-    if (!more) break;
-    visit(scores_b, scores_a);
-    if (!more) break;
-  }
-  begin_values();
-  products_wait<0>();
-  pin(sums);
-  store_output(done_stage, softmax.reference);
 }
 
 template <typename T, int kDim>

@@ -3,14 +3,14 @@
 //   Plan, Variants<kDim>        its parameters, and what is compiled
 //   kRowsAre, kRowArrays        the side of its rows, and how many arrays of them there are:
 //                               queries alone, queries and output gradients, or keys and values
-//   kRowTiles<kDim>             tiles whose rows are there at once
+//   kRowTiles<kDim>             tiles whose rows are there at once, 1 or as many as tables
 //   kLeastSlots                 of the ring, so that the walk does not stall
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
 //   kStatistics<kColumns>       its bytes per slot
 //   kExchange<kDim, kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
+//   kConstants<kDim, kColumns>  bytes of Constants<S>, what consumers multiply with beside what
+//                               comes; fill() of all threads makes them
 //   kMaskProduct<kDim>          whether there are kernels that mask by a product
-//   Constants<S>                operands that are the same for all tiles;
-//   kConstants<kDim, kColumns>  their bytes
 //   consume<S>()                the part of a consumer warpgroup
 #pragma once
 

@@ -1,12 +1,12 @@
 // Masks by a product: scores begin at 0 where a row sees a column, and at -57344^2 or less where
-// it does not, and the tensor cores make that from two thin matrices of bytes (e5m2). Both have an
-// *entry* per coordinate of the box of columns, those of its axes one after the other:
+// it does not, and the tensor cores make that from two thin matrices of bytes (e5m2). Both have
+// an *entry* per coordinate of the box of columns, those of its axes one after the other:
 //
 //   of a column   57344 at its own coordinate of every axis, and 0 elsewhere
 //   of a row      -57344 at the coordinates that it does not see, and 0 elsewhere
 //
-// The columns' matrix is the same for all boxes and stays in shared memory; the rows' is made in
-// registers, some thirty instructions instead of two or three for every score.
+// The columns' matrix is the same for all boxes and stays in shared memory; the rows' is made
+// in registers, some thirty instructions instead of two or three for every score.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +17,12 @@
 namespace jax_na::cuda::sm90 {
 
 constexpr int kMaskEntries = 32;
+constexpr int kMostSeen = 32;  // columns of an axis, up to the end of the last box
 
 // What is not seen gets this, once per axis. Scores that are seen are to be above half of it.
 constexpr float kMaskedScore = -57344.0f * 57344.0f;
-constexpr uint8_t kMaskByte = 0x7b;               // 57344 as e5m2
-constexpr uint32_t kMaskBytes = 0xfbfbfbfb;       // -57344, four times
+constexpr uint8_t kMaskByte = 0x7b;          // 57344 as e5m2
+constexpr uint32_t kMaskBytes = 0xfbfbfbfb;  // -57344, four times
 
 // Where entry e stands in a row of either matrix: a lane of wgmma holds bytes
 // 16 m + 4 (l % 4) + i, which are entries 8 i + 4 m + l % 4, as these are easily made of bits.
@@ -83,9 +84,9 @@ struct SeenBits {
   }
 };
 
-// Whether scores can be masked by a product: bits are enough up to the end of the last box, a box
-// has few enough coordinates, scores stay masked when they are scaled, and what is masked is a
-// number. Where columns are missing in a box, one entry more is needed.
+// Whether scores can be masked by a product: bits are enough up to the end of the last box, a
+// box has few enough coordinates, scores stay masked when they are scaled, and what is masked is
+// a number. Where columns are missing in a box, one entry more is needed.
 inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
   const auto scale = static_cast<float>(p.scale);
   if (p.frame != nullptr || !(scale > 0x1p-20f && scale < 0x1p20f)) return false;
@@ -96,7 +97,7 @@ inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
     const int64_t extent = cut.columns.extent[a];
     const int64_t rows = cut.ctas.tile.extent[a];
     const int64_t most = rows + window.kernel_size + window.stride - 2;
-    fits = fits && (most + extent - 1) / extent * extent <= 32;
+    fits = fits && (most + extent - 1) / extent * extent <= kMostSeen;
     entries += extent;
   }
   return fits && entries <= kMaskEntries;

@@ -43,8 +43,9 @@ struct Shape {
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
-  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;  // whose rows are there at once,
-  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;      // and tables
+  // Tiles of which rows are there at once, and tables.
+  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;
+  static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;
   static_assert(kRowTiles == 1 || kRowTiles == kTiles);
   static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
   static constexpr int kFixed =
