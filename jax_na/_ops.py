@@ -194,9 +194,11 @@ def neighborhood_attention(
         precision: ``jax.lax.Precision`` or its name. None follows
             ``jax_default_matmul_precision``. For float32 on a GPU the default may use
             TF32 tensor cores; ``"highest"`` never does.
-        deterministic_grads: True: gradients are bitwise equal in every run. None reads
-            XLA's determinism flags in the environment variable ``XLA_FLAGS``; flags
-            given to a single ``jit`` are not seen.
+        deterministic_grads: True: gradients are bitwise equal in every run. False: sums
+            may be made in any order where that is faster, as ``"fused"`` does for the
+            query's gradient in some calls on Hopper GPUs. None reads XLA's determinism
+            flags in the environment variable ``XLA_FLAGS``; flags given to a single
+            ``jit`` are not seen.
         implementation: ``"fused"``, ``"gemm"``, ``"naive"`` or ``"xla"``. None: the best
             that supports the call on the platform it is compiled for.
 
