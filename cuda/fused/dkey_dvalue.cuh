@@ -275,12 +275,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
           const float2 pair = lse_of[4 * n];
           score = score * log2_scale - (i == 0 ? pair.x : pair.y);
         });
-        if (!kHasBias && !__all_sync(kFullWarp, all_columns<kColumns>(columns))) {
-          const LaneMask<kMTiles> mask(columns);
-          for_each_element(scores, [&](float& score, int m, int half, int n, int i) {
-            if (!mask.test(m, half, n, i)) score = -kInfinity;
-          });
-        }
+      };
+      // Gives pairs out of sight `value`; add_bias has done so.
+      const auto mask_pairs = [&](auto& pairs, float value) {
+        if (kHasBias || __all_sync(kFullWarp, all_columns<kColumns>(columns))) return;
+        const LaneMask<kMTiles> mask(columns);
+        for_each_element(pairs, [&](float& pair, int m, int half, int n, int i) {
+          if (!mask.test(m, half, n, i)) pair = value;
+        });
       };
       const auto subtract_delta = [&](auto& dweights) {
         for_each_element(dweights, [&](float& dweight, int, int, int n, int i) {
@@ -301,6 +303,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
         } else {
           scale_scores(weights);
           for_each_element(weights, raise);
+          mask_pairs(weights, 0);
           shared.weights[row_group].put(weights);
           ptx::barrier_arrive<2 * kWarpLanes>(barrier);
         }
@@ -317,6 +320,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
         };
         first_product(weights, key, query_block);
         scale_scores(weights);
+        mask_pairs(weights, -kInfinity);
         if constexpr (kBoth) multiply_values();
         for_each_element(weights, raise);
         if constexpr (S::kDValue) {
