@@ -254,6 +254,7 @@ def workspace_shape(
     if "bias" in wrt and plan.bias_splits > 1:
         group = operands.query.shape[-2] // key_heads
         bias = plan.bias_splits * group * math.prod(problem.bias_shape)
+        bias = -(-bias // 4) * 4  # what follows it is written in vectors
     if plan.additional_splits > 1:
         channels = sum(
             getattr(operands, name).shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -198,3 +199,42 @@ def test_pieces_of_a_grid() -> None:
 def test_kernels_without_a_plan() -> None:
     assert _plan.make_plan("naive", "cuda", None, None) is None  # type: ignore[arg-type]
     assert _plan.make_plan("fused", "cpu", None, None) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_scratch_memory(batch: tuple[int, ...]) -> None:
+    """Of the backward pass: partial sums of an odd number of biases, then vectors."""
+    query = jax.ShapeDtypeStruct((*batch, 30, 3, 64), "bfloat16")
+    more = jax.ShapeDtypeStruct((*batch, 5, 3, 64), "bfloat16")
+    problem: Any = None
+
+    def canonical(query: Any, more: Any) -> Any:
+        nonlocal problem
+        problem, operands = _ops.canonical_call(
+            1,
+            query,
+            query,
+            query,
+            (7,),
+            rel_pos_bias=jnp.zeros((3, 13)),
+            additional_keys=more,
+            additional_values=more,
+        )
+        return operands
+
+    operands = jax.eval_shape(canonical, query, more)
+    plan = _plan.make_plan("fused", "cuda", problem, operands)
+    assert plan is not None
+    plan = dataclasses.replace(plan, bias_splits=5, additional_splits=7)
+    every = ("query", "key", "value", "bias", "additional_key", "additional_value")
+    bias, additional = 5 * 13 + 3, 7 * 5 * 2 * 64  # in vectors of four
+    samples = math.prod(batch)
+    for wrt, expected in (
+        (every, bias + samples * additional),
+        (("bias",), bias),
+        (("additional_key",), samples * additional // 2),
+        (("query",), None),
+    ):
+        shape = _plan.workspace_shape(plan, problem, operands, wrt, True)
+        found = None if shape is None else math.prod(shape) // 3
+        assert found == expected

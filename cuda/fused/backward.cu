@@ -40,9 +40,10 @@ cudaError_t sum_parts(const SumPlan& plan, cudaStream_t stream) {
 int64_t bias_tables(const Problem& p) {
   return (p.bias_batch_stride == 0 ? 1 : p.batch) * p.heads;
 }
+// Filled up to 16 bytes, since what follows them is written in vectors.
 int64_t bias_partials(const BackwardCall& call, int32_t splits) {
   if (call.dbias == nullptr || splits <= 1) return 0;
-  return splits * bias_tables(call.problem) * call.problem.bias_size();
+  return (splits * bias_tables(call.problem) * call.problem.bias_size() + 3) / 4 * 4;
 }
 int64_t additional_rows(const Problem& p) { return p.batch * p.additional * p.key_heads; }
 int64_t dkey_partials(const BackwardCall& call, int32_t splits) {
