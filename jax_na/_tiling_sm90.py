@@ -401,8 +401,28 @@ def count(
     boxes = np.array([row_box]), np.array([column_box])
     counts = _counts(axes, interval, kernel, *boxes)
     products = _masks_by_product(axes, kernel, *boxes)
+    return _tiling_of(
+        kernel, row_box, column_box, counts[:, 0, 0], bool(products[0, 0])
+    )
+
+
+def _tiling_of(
+    kernel: Kernel,
+    row_box: tuple[int, ...],
+    column_box: tuple[int, ...],
+    counts: np.ndarray,
+    masks_by_product: bool,
+) -> Tiling:
+    tiles, loads, visits, masked_visits = map(int, counts)
     return Tiling(
-        kernel, row_box, column_box, *map(int, counts[:, 0, 0]), bool(products[0, 0])
+        kernel,
+        row_box,
+        column_box,
+        tiles,
+        loads,
+        visits,
+        masked_visits,
+        masks_by_product,
     )
 
 
@@ -446,18 +466,19 @@ def best_tilings(
     counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
     counts[1:] *= members
     products = _masks_by_product(axes, kernel, row_boxes, column_boxes)
-    cycles = which.cycles(kernel, *counts, products)
+    tiles, loads, visits, masked_visits = counts
+    cycles = which.cycles(kernel, tiles, loads, visits, masked_visits, products)
     cycles = cycles * imbalance(counts[0], kernel.pipelines, copies)
     # Of equals those with the longest last axis of column boxes come first.
     order = np.argsort(cycles.T, axis=None, kind="stable")[:most]
     return [
         (
             float(cycles[row, column]),
-            Tiling(
+            _tiling_of(
                 kernel,
                 tuple(map(int, row_boxes[row])),
                 tuple(map(int, column_boxes[column])),
-                *map(int, counts[:, row, column]),
+                counts[:, row, column],
                 bool(products[row, column]),
             ),
         )
