@@ -152,23 +152,23 @@ class Pass:
 FORWARD = Pass(
     "forward",
     False,
-    Costs(mask=2.4, tile=1400, skip=880),
+    Costs(mask=2.4, tile=1880, skip=500),
     {
         32: (
-            Kernel(64, 1, 4, 360, product_cycles=370),
-            Kernel(112, 1, 3, 590, product_cycles=650),
+            Kernel(64, 1, 4, 520, product_cycles=370),
+            Kernel(112, 1, 3, 710, product_cycles=640),
         ),
         64: (
-            Kernel(64, 1, 3, 600, product_cycles=560),
-            Kernel(80, 1, 3, 690, product_cycles=670),
-            Kernel(96, 1, 3, 820, product_cycles=780),
-            Kernel(112, 1, 3, 880, product_cycles=920),
+            Kernel(64, 1, 3, 540, product_cycles=550),
+            Kernel(80, 1, 3, 620, product_cycles=640),
+            Kernel(96, 1, 3, 760, product_cycles=780),
+            Kernel(112, 1, 3, 850, product_cycles=890),
         ),
         96: (Kernel(80, 2, 1, 860), Kernel(128, 2, 1, 1320)),
         128: (
-            Kernel(80, 2, 1, 1030),
-            Kernel(128, 2, 1, 1470),
-            Kernel(144, 2, 1, 1770),
+            Kernel(80, 2, 1, 1040),
+            Kernel(128, 2, 1, 1500),
+            Kernel(144, 2, 1, 1720),
         ),
         192: (Kernel(64, 2, 1, 1080),),
         256: (Kernel(48, 2, 1, 1080),),
