@@ -209,17 +209,20 @@ def _gradients_tilings(
     apart_cycles = members * _tiling_sm90.DQUERY.cycles_of(
         apart["dquery"], _copies(problem, query)
     ) + _tiling_sm90.DKEY_DVALUE.cycles_of(apart["dkey_dvalue"], copies)
-    if is_faster_at_once(cycles, apart_cycles):
+    fills = _tiling_sm90.fills_device(tiling, copies)
+    if is_faster_at_once(cycles, apart_cycles, fills):
         return {"gradients": tiling}
+    if not fills:
+        return "so small a call takes fewer launches without sums in memory"
     return (
         f"by the planner's estimate it takes {cycles / apart_cycles:.2f} times as long "
         "to make all gradients at once"
     )
 
 
-def is_faster_at_once(cycles: float, apart_cycles: float) -> bool:
-    """Whether fewer products make up for sums in memory."""
-    return cycles <= apart_cycles
+def is_faster_at_once(cycles: float, apart_cycles: float, fills_device: bool) -> bool:
+    """Whether fewer products make up for sums in memory, and for launches more."""
+    return fills_device and cycles <= apart_cycles
 
 
 def is_deterministic(problem: Problem) -> bool:

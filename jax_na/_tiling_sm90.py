@@ -433,6 +433,12 @@ def _boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
     return np.array(sorted(boxes, key=lambda box: box[::-1], reverse=True))
 
 
+def fills_device(tiling: Tiling, copies: int | None) -> bool:
+    """Whether there is a tile for every pipeline of all multiprocessors."""
+    at_once = _MULTIPROCESSORS * tiling.kernel.pipelines
+    return copies is None or tiling.tiles * copies >= at_once
+
+
 def imbalance(tiles: Any, at_once: int, copies: int | None) -> Any:
     """What the busiest multiprocessor has to do over the average.
 

@@ -360,6 +360,15 @@ def test_when_gradients_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         assert ("gradients" in found) == at_once
 
 
+def test_small_calls_make_gradients_apart() -> None:
+    """Where launches take longer than what they do."""
+    small, large = (
+        _plan_of((56, 56), (7, 7), channels=32, batch=(n,)) for n in (1, 300)
+    )
+    assert "fewer launches" in small.hopper_gradients
+    assert "gradients" in large.hopper_gradients
+
+
 def test_masks_by_product_of_several_groups() -> None:
     """The boxes of a tile span what all its warpgroups see."""
     axes = (Axis(64, 13, 1, 1, False),) * 2
