@@ -1,9 +1,9 @@
-"""Bar charts of measurements."""
+"""Charts of measurements."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -31,3 +31,47 @@ def bars(results: Sequence[Any], folder: pathlib.Path) -> None:
         axes.set(yscale="log", ylabel="ms", title=f"{kind}, lower is better")
         axes.legend(fontsize=8)
         figure.savefig(folder / f"{kind}.png", dpi=110)
+
+
+def limits(
+    results: Sequence[Any], head_dims: Mapping[str, int], dense: Collection[str]
+) -> Figure:
+    """Useful and visited TFLOP/s of ``'fused'`` under the rate of dense attention.
+
+    Args:
+        results: measurements of ``run.py``.
+        head_dims: of every case, by name.
+        dense: names of the cases whose windows are the grid: the limits.
+    """
+    own = {
+        r.case: r
+        for r in results
+        if r.contender == "jax_na fused" and r.forward_ms is not None
+    }
+    names = [name for name in own if name not in dense]
+    figure = Figure(figsize=(3 + 1.5 * len(names), 8), layout="constrained")
+    for axes, kind in zip(figure.subplots(2, sharex=True), ("forward", "backward")):
+        useful = [getattr(own[name], f"{kind}_tflops") for name in names]
+        places = range(len(names))
+        # The plan of the forward pass tells what it visits; that of the other does not.
+        if kind == "forward":
+            visited = [
+                rate * (own[name].visited_over_useful or 1)
+                for name, rate in zip(names, useful)
+            ]
+            axes.bar(places, visited, 0.6, label="visited", color="lightsteelblue")
+        axes.bar(places, useful, 0.6, label="useful", color="steelblue")
+        limit = {
+            head_dims[name]: getattr(own[name], f"{kind}_tflops")
+            for name in dense
+            if name in own
+        }
+        for place, name in zip(places, names):
+            rate = limit.get(head_dims[name])
+            if rate is not None:
+                axes.hlines(rate, place - 0.45, place + 0.45, color="firebrick")
+        axes.plot([], [], color="firebrick", label="dense, same head dimension")
+        axes.set_xticks(places, names, rotation=20, ha="right")
+        axes.set(ylabel="TFLOP/s", title=kind)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure

@@ -4,8 +4,9 @@
 
 Forward and backward by device time alone (timing.py), medians; useful TFLOP/s; visited
 over useful work where jax_na's planner knows it; the ratio to the fastest peer. Prints a
-table, and writes JSON lines and bar charts to the output folder. Peers that cannot be
-imported, or cannot run a case, are left out and named.
+table, and writes JSON lines, bar charts, and a chart of useful and visited work under the
+rate of dense attention to the output folder. Peers that cannot be imported, or cannot run
+a case, are left out and named.
 """
 
 from __future__ import annotations
@@ -185,6 +186,9 @@ def main() -> None:
         import charts
 
         charts.bars(results, args.output)
+        dense = [case.name for case in problems if case.window == case.shape]
+        head_dims = {case.name: case.head_dim for case in problems}
+        charts.limits(results, head_dims, dense).savefig(args.output / "limits.svg")
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}")
 
 

@@ -155,14 +155,6 @@ def random_problems(count: int, seed: int) -> Iterator[dict[str, Any]]:
 # ---- Cases of the benchmarks ---------------------------------------------------------
 
 
-def _cases() -> Iterator[dict[str, Any]]:
-    """Those of the benchmarks, then dense attention."""
-    yield from json.loads(CASES.read_text())
-    dense = {"shape": [4096], "window": [4096], "B": 4}
-    yield {"name": "dense_hd128", "H": 16, "hd": 128, **dense}
-    yield {"name": "dense_hd64", "H": 32, "hd": 64, **dense}
-
-
 def _tilings(
     which: Pass, channels: int, axes: tuple[Axis, ...], copies: int, most: int
 ) -> list[dict[str, Any]]:
@@ -177,7 +169,7 @@ def _tilings(
 
 def case_problems(most: int) -> Iterator[dict[str, Any]]:
     """For every pass and case the ``most`` cheapest boxes of every kernel."""
-    for case in _cases():
+    for case in json.loads(CASES.read_text()):
         grid, size, heads = case["shape"], case["window"], case["H"]
         stride = case.get("stride", [1] * len(grid))
         axes = tuple(Axis(n, k, s, 1, False) for n, k, s in zip(grid, size, stride))
