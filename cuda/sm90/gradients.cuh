@@ -59,29 +59,21 @@ struct GradientsPass {
                                                  Shared<GradientsPass, S>& shared, int index);
 };
 
-// What a warpgroup makes of dQ: 64 queries of a box by kChannels channels.
+// What a warpgroup makes of dQ: the queries of a box by kChannels channels.
 template <class S>
 struct QueryShare {
-  static_assert(S::kColumns % kGroupRows == 0);
-  static constexpr int kParts = S::kColumns / kGroupRows;  // of the queries
-  // A box is added by the warpgroups that made it, which are one or all.
-  static_assert(kParts == 1 || kParts == S::kGroups);
-  static constexpr int kChannels = S::kDim * kParts / S::kGroups;
+  static_assert(S::kColumns == kGroupRows);  // queries are rows of a product, too
+  static constexpr int kChannels = S::kDim / S::kGroups;
   static constexpr int kBlocks = kChannels / kSumChannels;
   static constexpr int kBlockBytes = S::kColumns * kSumChannels * 4;
-  static constexpr int kBytes = kBlocks * kBlockBytes;
-  static constexpr int kBoxes = S::kGroups / kParts;  // that are added, of kBytes each
   using Exchange = Block<S::kColumns, S::kGroups * kGroupRows>;  // rows are keys
   using Keys = typename S::Rows;
   static_assert(Keys::kChannels % kChannels == 0 || kChannels % Keys::kChannels == 0);
 
-  int pipeline, group, first_query, first_channel;
+  int pipeline, group, first_channel;
 
   __device__ __forceinline__ QueryShare(int pipeline, int group)
-      : pipeline(pipeline),
-        group(group),
-        first_query(group % kParts * kGroupRows),
-        first_channel(group / kParts * kChannels) {}
+      : pipeline(pipeline), group(group), first_channel(group * kChannels) {}
 
   // All warpgroups of the pipeline.
   __device__ __forceinline__ void exchange_barrier() const {
@@ -92,7 +84,7 @@ struct QueryShare {
   template <typename T>
   __device__ __forceinline__ void multiply(float (&d)[kChannels / 2], uint32_t exchange,
                                            uint32_t keys) const {
-    const uint64_t a = Exchange::by_rows(exchange + first_query / kGroupRows * Exchange::kBytes);
+    const uint64_t a = Exchange::by_rows(exchange);
     const uint64_t b = Keys::by_rows(keys + first_channel / Keys::kChannels * Keys::kBytes +
                                      first_channel % Keys::kChannels * 2);
 #pragma unroll
@@ -108,7 +100,7 @@ struct QueryShare {
 
   // Whether this thread tells the copy engine to add.
   __device__ __forceinline__ bool adds() const {
-    return threadIdx.x % kGroupThreads == 0 && group % kParts == 0;
+    return threadIdx.x % kGroupThreads == 0;
   }
 
   // Adds d to a box of sums by way of `buffer`, which the copy engine is done with: the channels
@@ -118,10 +110,10 @@ struct QueryShare {
                                       const int32_t (&at)[kMaxRank], int32_t batch) const {
     const int lane = threadIdx.x % kWarpLanes;
     const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
-    buffer += group / kParts * kBytes;
+    buffer += group * kBlocks * kBlockBytes;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = first_query + warp_row + lane / 4 + 8 * h;
+      const int row = warp_row + lane / 4 + 8 * h;
 #pragma unroll
       for (int j = 0; j < kChannels / 16; ++j) {
         const float* own = d + 8 * j + 2 * h;
@@ -131,11 +123,7 @@ struct QueryShare {
       }
     }
     ptx::fence_async_proxy();
-    if constexpr (kParts == 1) {
-      group_barrier(pipeline * S::kGroups + group);
-    } else {
-      exchange_barrier();
-    }
+    group_barrier(pipeline * S::kGroups + group);
     if (!adds()) return;
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
@@ -173,7 +161,7 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
   float dkey[S::kDim / 2], dvalue[S::kDim / 2];
   float dquery[Share::kChannels / 2];
   uint32_t dweights[kColumns / 4];  // dS as an operand
-  constexpr bool kFromRegisters = S::kDim + kColumns < 192;  // where there are enough
+  constexpr bool kFromRegisters = S::kDim < 128;  // where there are enough
   bool pending = false;             // dK += dS Q is under way,
   uint32_t pending_queries = 0;     // with the queries at this position
   uint32_t turn = 0;                // half of the exchange that is next
