@@ -141,17 +141,8 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
                  shared.bias, p, view, box_at);
       }
       const auto& statistics = shared.statistics[pipeline].slot[own.pipeline.ring.slot(at)];
-      const auto* lse = reinterpret_cast<const float2*>(statistics.lse) + lane % 4;
       const auto* delta = reinterpret_cast<const float2*>(statistics.delta) + lane % 4;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        const float2 pair = lse[4 * n];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& weight = weights[4 * n + e];
-          weight = ptx::exp2(weight * log2_scale - (e % 2 == 0 ? pair.x : pair.y));
-        }
-      }
+      statistics.weigh(weights, log2_scale);
       if (masked) select<kColumns>(weights, mask);
       pack_all<T>(operand, weights);
       pin(dvalue);

@@ -14,6 +14,21 @@ template <int kColumns>
 struct ColumnStatistics {
   alignas(8) float lse[kColumns];
   alignas(8) float delta[kColumns];
+
+  // Turns scores, a product with these columns, into weights; `log2_scale` takes them to log2
+  // units.
+  __device__ __forceinline__ void weigh(float (&scores)[kColumns / 2], float log2_scale) const {
+    const auto* own = reinterpret_cast<const float2*>(lse) + threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const float2 pair = own[4 * n];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& score = scores[4 * n + e];
+        score = ptx::exp2(score * log2_scale - (e % 2 == 0 ? pair.x : pair.y));
+      }
+    }
+  }
 };
 
 // The producer's side: a lane brings every 32nd column.
