@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import jax
@@ -13,6 +14,10 @@ import jax_na._ffi
 # Fake devices for the sharding tests; programs of one device do not notice them. They
 # must be set before the first array exists.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# GPUs round float32 to TF32 otherwise. Programs that tests start inherit it.
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

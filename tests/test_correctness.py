@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -136,12 +137,19 @@ def test_chosen(spec: ProblemSpec, implementation: str, dtype: str) -> None:
     _check(make_arrays(spec, dtype), implementation)
 
 
-@pytest.mark.parametrize("index", range(RANDOM_PROBLEMS))
-def test_random(index: int) -> None:
-    """Implementations and dtypes take turns."""
-    implementation = IMPLEMENTATIONS[index % len(IMPLEMENTATIONS)]
-    options = dtypes(implementation)
-    dtype = options[index // len(IMPLEMENTATIONS) % len(options)]
+def _taking_turns() -> Iterator[tuple[str, str]]:
+    """An implementation and a dtype for each of the random problems."""
+    for index in range(RANDOM_PROBLEMS):
+        turn, which = divmod(index, len(IMPLEMENTATIONS))
+        options = dtypes(IMPLEMENTATIONS[which])
+        yield IMPLEMENTATIONS[which], options[turn % len(options)]
+
+
+@pytest.mark.parametrize(
+    ("index", "implementation", "dtype"),
+    [(index, *turn) for index, turn in enumerate(_taking_turns())],
+)
+def test_random(index: int, implementation: str, dtype: str) -> None:
     spec = random_spec(SeededChooser(np.random.default_rng((2403, index))))
     if jnp.finfo(dtype).bits == 16:
         # The gradient of a saturated softmax is a small difference of large numbers, of
@@ -198,7 +206,7 @@ def test_default_precision(implementation: str) -> None:
     """float32 at default precision may use TF32 tensor cores, on a GPU."""
     arrays = make_arrays(SPECS["large scores"], "float32")
     arrays = make_arrays(dataclasses.replace(arrays.spec, amplitude=1.0), "float32")
-    results = _run(arrays, implementation, precision=None)
+    results = _run(arrays, implementation, precision="default")
     tolerance = 1e-5 if platform() == "cpu" else TF32_TOLERANCE
     assert_results_close(results, arrays.oracle(), tolerance, implementation)
 
@@ -464,11 +472,14 @@ def test_isolation(implementation: str, name: str, value: float) -> None:
 
 
 @each_implementation
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["7x7", "stride, dilation", "last shard, dilation"])
-def test_reruns_are_equal_bit_by_bit(implementation: str, name: str) -> None:
-    arrays = make_arrays(SPECS[name], "float32")
+def test_reruns_are_equal_bit_by_bit(
+    implementation: str, dtype: str, name: str
+) -> None:
+    arrays = make_arrays(SPECS[name], dtype)
     first = _run(arrays, implementation, deterministic_grads=True)
-    for _ in range(3):
+    for _ in range(19):
         again = _run(arrays, implementation, deterministic_grads=True)
         for result, array in first.items():
             assert array.tobytes() == again[result].tobytes(), result

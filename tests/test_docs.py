@@ -17,10 +17,12 @@ PAGES = ("README.md", "docs/window.md", "docs/frames.md", "docs/sharding-and-exp
 
 
 def _run(*command: str | pathlib.Path) -> None:
-    """Runs Python with the jax_na under test and eight fake devices."""
-    path = str(pathlib.Path(jax_na.__file__).parents[1])
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags}
+    """Runs Python with the jax_na under test and eight fake devices, CPUs all of them."""
+    environment = os.environ | {
+        "PYTHONPATH": str(pathlib.Path(jax_na.__file__).parents[1]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     result = subprocess.run(
         [sys.executable, *command],
         env=environment,
