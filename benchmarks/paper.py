@@ -10,6 +10,10 @@ time, less one.
 
 How good the naive kernels are tells whether an improvement is one: their useful TFLOP/s,
 and their speed over the gather formulation (peers.py) in 2-D where its copies fit.
+
+Problems are taken in an order of which every beginning is a spread of the sweep. With
+``--minutes`` it ends early, and started again it goes on: what ``paper.jsonl`` in the
+output folder holds is not measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 
 import cases
 import jax
@@ -112,45 +117,85 @@ def spread(values: Sequence[float], unit: str, signed: bool = False) -> str:
     return f"{len(values):3} problems: {'  '.join(shown)}"
 
 
+def spread_order(count: int) -> list[int]:
+    """All indices below ``count``, every beginning about evenly spread over them."""
+    golden = (5**0.5 - 1) / 2
+    return sorted(range(count), key=lambda index: (index + 1) * golden % 1)
+
+
+def measure(case: cases.Case, contender: str, calls: int) -> dict[str, float]:
+    """Milliseconds of the naive kernels, the contender, and gather where it fits."""
+    attentions = {name: attention(case, name) for name in ("naive", contender)}
+    if len(case.shape) == 2 and is_gatherable(case):
+        attentions["gather"] = peers.gather(case.shape, **case.window_arguments)
+    return {
+        name: forward_milliseconds(case, attend, calls)
+        for name, attend in attentions.items()
+    }
+
+
+def report(
+    measured: Sequence[tuple[cases.Case, dict[str, float]]],
+    contender: str,
+    paper: Mapping[int, int | None],
+) -> None:
+    improvements = collections.defaultdict(list)
+    rates = collections.defaultdict(list)
+    over_gather = []
+    for case, times in measured:
+        rank = len(case.shape)
+        improvements[rank].append(100 * (times["naive"] / times[contender] - 1))
+        rates[rank].append(case.flops(backward=False) / times["naive"] / 1e9)
+        if "gather" in times:
+            over_gather.append(times["gather"] / times["naive"])
+    for rank in sorted(improvements):
+        beside = f"  (paper: +{paper[rank]}%)" if paper[rank] else ""
+        print(f"  {rank}-D, {spread(improvements[rank], '%', signed=True)}{beside}")
+    print("naive, useful TFLOP/s")
+    for rank in sorted(rates):
+        print(f"  {rank}-D, {spread(rates[rank], '')}")
+    if over_gather:
+        print(f"naive over gather\n  2-D, {spread(over_gather, 'x')}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--calls", type=int, default=20, help="timed calls each")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th problem")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then it ends")
     parser.add_argument("--output", type=pathlib.Path, help="folder for results")
     args = parser.parse_args()
 
+    deadline = time.monotonic() + 60 * args.minutes
+    known: dict[tuple[str, str], dict[str, float]] = {}  # by name and dtype
     file = None
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
-        file = (args.output / "paper.jsonl").open("w")
-    for (contender, dtype), paper in COMPARISONS.items():
-        improvements = collections.defaultdict(list)
-        rates = collections.defaultdict(list)
-        over_gather = []
-        for case in itertools.islice(problems(dtype), None, None, args.every):
-            rank = len(case.shape)
-            times = {
-                name: forward_milliseconds(case, attention(case, name), args.calls)
-                for name in ("naive", contender)
-            }
-            improvements[rank].append(100 * (times["naive"] / times[contender] - 1))
-            rates[rank].append(case.flops(backward=False) / times["naive"] / 1e9)
-            if rank == 2 and is_gatherable(case):
-                gather = peers.gather(case.shape, **case.window_arguments)
-                times["gather"] = forward_milliseconds(case, gather, args.calls)
-                over_gather.append(times["gather"] / times["naive"])
-            if file is not None:
-                record = dataclasses.asdict(case) | {"milliseconds": times}
-                print(json.dumps(record), file=file, flush=True)
-        print(f"\n{contender} over naive, {dtype}, forward")
-        for rank, values in improvements.items():
-            beside = f"  (paper: +{paper[rank]}%)" if paper[rank] else ""
-            print(f"  {rank}-D, {spread(values, '%', signed=True)}{beside}")
-        print("naive, useful TFLOP/s")
-        for rank, values in rates.items():
-            print(f"  {rank}-D, {spread(values, '')}")
-        if over_gather:
-            print(f"naive over gather\n  2-D, {spread(over_gather, 'x')}", flush=True)
+        file = (args.output / "paper.jsonl").open("a+")
+        file.seek(0)
+        for record in map(json.loads, file):
+            known[record["name"], record["dtype"]] = record["milliseconds"]
+    sweeps = {key: list(problems(key[1])) for key in COMPARISONS}
+    (count,) = {len(sweep) for sweep in sweeps.values()}
+    for index, ((contender, dtype), sweep) in itertools.product(
+        spread_order(count), sweeps.items()
+    ):
+        case = sweep[index]
+        if (case.name, dtype) in known or time.monotonic() > deadline:
+            continue
+        times = measure(case, contender, args.calls)
+        known[case.name, dtype] = times
+        if file is not None:
+            record = dataclasses.asdict(case) | {"milliseconds": times}
+            print(json.dumps(record), file=file, flush=True)
+    for (contender, dtype), sweep in sweeps.items():
+        measured = [
+            (case, known[case.name, dtype])
+            for case in sweep
+            if (case.name, dtype) in known
+        ]
+        print(f"\n{contender} over naive, {dtype}, forward: ", end="")
+        print(f"{len(measured)} of {count} problems")
+        report(measured, contender, COMPARISONS[contender, dtype])
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}")
 
 

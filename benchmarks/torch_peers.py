@@ -45,10 +45,13 @@ def _measure(
 def _flex_attention(case: cases.Case, calls: int) -> tuple[float, float]:
     """FlexAttention with a block mask of the window."""
     import torch
+    import torch._dynamo
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from jax_na import _window
 
+    torch._dynamo.reset()  # which else gives up after eight cases, and runs them unfused
     # The backward pass is called many times for one forward pass.
     torch._functorch.config.donated_buffer = False
     # Per axis and query: the residue class and the interval of visible keys.
