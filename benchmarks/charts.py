@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 
@@ -34,14 +35,18 @@ def bars(results: Sequence[Any], folder: pathlib.Path) -> None:
 
 
 def limits(
-    results: Sequence[Any], head_dims: Mapping[str, int], dense: Collection[str]
-) -> Figure:
-    """Useful and visited TFLOP/s of ``'fused'`` under the rate of dense attention.
+    results: Sequence[Any],
+    head_dims: Mapping[str, int],
+    dense: Collection[str],
+    folder: pathlib.Path,
+) -> None:
+    """Draws ``limits.svg``: ``'fused'``, useful and visited, under dense attention.
 
     Args:
         results: measurements of ``run.py``.
         head_dims: of every case, by name.
         dense: names of the cases whose windows are the grid: the limits.
+        folder: where to.
     """
     own = {
         r.case: r
@@ -74,4 +79,6 @@ def limits(
         axes.set_xticks(places, names, rotation=20, ha="right")
         axes.set(ylabel="TFLOP/s", title=kind)
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    # Of the same measurements the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "limits"}):
+        figure.savefig(folder / "limits.svg", metadata={"Date": None})

@@ -188,7 +188,7 @@ def main() -> None:
         charts.bars(results, args.output)
         dense = [case.name for case in problems if case.window == case.shape]
         head_dims = {case.name: case.head_dim for case in problems}
-        charts.limits(results, head_dims, dense).savefig(args.output / "limits.svg")
+        charts.limits(results, head_dims, dense, args.output)
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}")
 
 
