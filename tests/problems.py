@@ -568,3 +568,13 @@ def dtypes(implementation: str) -> tuple[str, ...]:
     """The dtypes that an implementation takes on the default backend."""
     small = ("float32", "bfloat16", "float16")
     return small if on_tensor_cores(implementation) else ("float64", *small)
+
+
+def chosen_dtypes(implementation: str) -> tuple[str, ...]:
+    """The dtypes for problems picked by hand; random ones take all.
+
+    The code of ``'xla'`` is the same for all: its widest and its narrowest.
+    """
+    return (
+        ("float64", "bfloat16") if implementation == "xla" else dtypes(implementation)
+    )

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from dense import dense_attention
+from derivatives import DERIVATIVES, loss_of
 from problems import implementations
 from programs import (
     attributes,
@@ -19,6 +19,7 @@ from programs import (
     functions_called,
     primitives,
 )
+from tolerance import assert_trees_close
 
 import jax_na
 
@@ -81,82 +82,7 @@ def _dense(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     return dense_attention(**arrays, **WINDOW)
 
 
-def _loss(attend: Attend) -> Callable[[Arrays], jax.Array]:
-    """Not linear in out and lse, and of the same weight for both."""
-
-    def loss(arrays: Arrays) -> jax.Array:
-        out, lse = attend(arrays)
-        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
-
-    return loss
-
-
-def _assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)
-    ):
-        assert a.shape == b.shape, (path, a.shape, b.shape)
-        size = max(1e-2, float(jnp.max(jnp.abs(b)))) if b.size else 0.0
-        np.testing.assert_allclose(
-            a, b, rtol=0, atol=tolerance * size, err_msg=jax.tree_util.keystr(path)
-        )
-
-
 # ---- Transformations -----------------------------------------------------------------
-
-
-def _jvp(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-    return jax.jvp(attend, (arrays,), (tangents,))
-
-
-def _linearize(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-    primals, linear = jax.linearize(attend, arrays)
-    return primals, linear(tangents), linear(jax.tree.map(jnp.cos, tangents))
-
-
-def _linear_transpose(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-    (out, lse), linear = jax.linearize(attend, arrays)
-    return jax.linear_transpose(linear, tangents)((jnp.cos(out), jnp.sin(lse)))
-
-
-def _tangent_of_gradient(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-    return jax.jvp(jax.grad(_loss(attend)), (arrays,), (tangents,))
-
-
-def _gradient_of_tangent(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-    def slope(arrays: Arrays) -> jax.Array:
-        return jax.jvp(_loss(attend), (arrays,), (tangents,))[1]
-
-    return jax.value_and_grad(slope)(arrays)
-
-
-def _gradient_of_gradient(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-    def slope(arrays: Arrays) -> jax.Array:
-        gradients = jax.grad(_loss(attend))(arrays)
-        return sum(jnp.vdot(gradients[name], tangents[name]) for name in arrays)
-
-    return jax.value_and_grad(slope)(arrays)
-
-
-def _tangent_of_tangent(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-    def tangent(arrays: Arrays) -> Any:
-        return jax.jvp(attend, (arrays,), (tangents,))[1]
-
-    return jax.jvp(tangent, (arrays,), (jax.tree.map(jnp.cos, tangents),))
-
-
-DERIVATIVES = {
-    "jit": lambda attend, arrays, tangents: attend(arrays),
-    "grad": lambda attend, arrays, tangents: jax.grad(_loss(attend))(arrays),
-    "jvp": _jvp,
-    "linearize": _linearize,
-    "linear_transpose": _linear_transpose,
-    "jvp(grad)": _tangent_of_gradient,
-    "grad(jvp)": _gradient_of_tangent,
-    "grad(grad)": _gradient_of_gradient,
-    "jvp(jvp)": _tangent_of_tangent,
-}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -169,7 +95,7 @@ def _evaluate(transform: Any, attend: Attend, *arguments: Any) -> Any:
 @pytest.mark.parametrize("name", DERIVATIVES)
 def test_derivatives(name: str, implementation: str) -> None:
     arguments = _arrays(), _arrays(seed=50)
-    _assert_close(
+    assert_trees_close(
         _evaluate(DERIVATIVES[name], _attend(implementation), *arguments),
         _evaluate(DERIVATIVES[name], _dense, *arguments),
     )
@@ -179,7 +105,7 @@ def test_eager() -> None:
     arguments = _arrays(), _arrays(seed=50)
     for name in ("grad", "jvp"):
         actual = DERIVATIVES[name](_attend(None), *arguments)
-        _assert_close(actual, _evaluate(DERIVATIVES[name], _dense, *arguments))
+        assert_trees_close(actual, _evaluate(DERIVATIVES[name], _dense, *arguments))
 
 
 @each_implementation
@@ -198,7 +124,9 @@ def test_matrices_of_derivatives(name: str, implementation: str) -> None:
     options["implementation"] = implementation
     ours = functools.partial(evaluate, jax_na.neighborhood_attention, options)
     dense = functools.partial(evaluate, dense_attention, {})
-    _assert_close(jax.jit(transform(ours))(arrays), jax.jit(transform(dense))(arrays))
+    assert_trees_close(
+        jax.jit(transform(ours))(arrays), jax.jit(transform(dense))(arrays)
+    )
 
 
 # ---- vmap ----------------------------------------------------------------------------
@@ -236,10 +164,10 @@ def _map_of(name: str) -> Any:
 
     def evaluate(attend: Attend, arrays: Arrays) -> Any:
         def total(arrays: Arrays) -> jax.Array:
-            return jnp.sum(jax.vmap(_loss(attend), in_axes=(axes,))(arrays))
+            return jnp.sum(jax.vmap(loss_of(attend), in_axes=(axes,))(arrays))
 
         outputs = jax.vmap(attend, in_axes=(axes,), out_axes=(-1, 1))(arrays)
-        per_example = jax.vmap(jax.grad(_loss(attend)), in_axes=(axes,))(arrays)
+        per_example = jax.vmap(jax.grad(loss_of(attend)), in_axes=(axes,))(arrays)
         return outputs, jax.grad(total)(arrays), per_example
 
     return evaluate
@@ -251,30 +179,30 @@ def _map_of(name: str) -> Any:
 )
 def test_vmap(mapped: str, implementation: str) -> None:
     arrays, evaluate = _mapped(MAPPED[mapped]), _map_of(mapped)
-    _assert_close(
+    assert_trees_close(
         _evaluate(evaluate, _attend(implementation), arrays),
         _evaluate(evaluate, _dense, arrays),
     )
 
 
-@pytest.mark.parametrize("rule", [_jvp, _tangent_of_gradient, _gradient_of_tangent])
+@pytest.mark.parametrize("rule", ["jvp", "jvp(grad)", "grad(jvp)"])
 @pytest.mark.parametrize(
     ("mapped", "mapped_tangents"),
     [("query alone", ("value", "rel_pos_bias")), ("query and bias", ("value",))],
 )
 def test_vmap_of_derivatives(
-    mapped: str, mapped_tangents: tuple[str, ...], rule: Any
+    mapped: str, mapped_tangents: tuple[str, ...], rule: str
 ) -> None:
     """Where some operands and the tangents of others are mapped."""
     axes = MAPPED[mapped]
     tangent_axes = {**dict.fromkeys(SHAPES), **dict.fromkeys(mapped_tangents, 0)}
 
     def evaluate(attend: Attend, arrays: Arrays, tangents: Arrays) -> Any:
-        one = functools.partial(rule, attend)
+        one = functools.partial(DERIVATIVES[rule], attend)
         return jax.vmap(one, in_axes=(axes, tangent_axes))(arrays, tangents)
 
     arguments = _mapped(axes), _mapped(tangent_axes)
-    _assert_close(
+    assert_trees_close(
         _evaluate(evaluate, _attend(None), *arguments),
         _evaluate(evaluate, _dense, *arguments),
     )
@@ -289,15 +217,15 @@ def test_nested_vmap(bias_axes: tuple[Any, Any]) -> None:
     arrays["rel_pos_bias"] = _random(9, *sizes, *SHAPES["rel_pos_bias"])
 
     def evaluate(attend: Attend, arrays: Arrays) -> Any:
-        losses = jax.vmap(jax.vmap(_loss(attend), in_axes=(inner,)), in_axes=(outer,))
+        losses = jax.vmap(jax.vmap(loss_of(attend), in_axes=(inner,)), in_axes=(outer,))
         per_example = jax.vmap(
-            jax.vmap(jax.grad(_loss(attend)), in_axes=(inner,)), in_axes=(outer,)
+            jax.vmap(jax.grad(loss_of(attend)), in_axes=(inner,)), in_axes=(outer,)
         )
         # One gradient for each entry of the outer map, summed over the inner one.
         mixed = jax.vmap(
             jax.grad(
                 lambda arrays: jnp.sum(
-                    jax.vmap(_loss(attend), in_axes=(inner,))(arrays)
+                    jax.vmap(loss_of(attend), in_axes=(inner,))(arrays)
                 )
             ),
             in_axes=(outer,),
@@ -305,7 +233,7 @@ def test_nested_vmap(bias_axes: tuple[Any, Any]) -> None:
         total = jax.grad(lambda arrays: jnp.sum(losses(arrays)))
         return losses(arrays), per_example(arrays), mixed(arrays), total(arrays)
 
-    _assert_close(
+    assert_trees_close(
         _evaluate(evaluate, _attend(None), arrays), _evaluate(evaluate, _dense, arrays)
     )
 
@@ -335,12 +263,12 @@ def test_vmap_over_frames(mapped: str) -> None:
                 out, lse = attend({**arrays, "frame": frame})
                 return out, jnp.where(jnp.isfinite(lse), lse, 0)
 
-            return outputs(arrays), jax.grad(_loss(outputs))(arrays)
+            return outputs(arrays), jax.grad(loss_of(outputs))(arrays)
 
         return jax.vmap(one, in_axes=axes)(arrays, lengths, origins)
 
     arguments = arrays, lengths, origins
-    _assert_close(
+    assert_trees_close(
         _evaluate(evaluate, _attend(None), *arguments),
         _evaluate(evaluate, _dense, *arguments),
     )
@@ -402,7 +330,7 @@ def test_scan(remat: bool, implementation: str) -> None:
     ours = functools.partial(scanned, _attend(implementation))
     expected = jax.jit(jax.value_and_grad(_layers(_dense), argnums=(0, 1)))
     actual = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))
-    _assert_close(actual(tokens, biases), expected(tokens, biases))
+    assert_trees_close(actual(tokens, biases), expected(tokens, biases))
 
 
 @each_implementation
@@ -431,7 +359,9 @@ def test_control_flow(implementation: str) -> None:
         return out, lse, repeated
 
     actual = jax.jit(functools.partial(evaluate, _attend(implementation)))(arrays, 2)
-    _assert_close(actual, jax.jit(functools.partial(evaluate, _dense))(arrays, 2), 1e-4)
+    assert_trees_close(
+        actual, jax.jit(functools.partial(evaluate, _dense))(arrays, 2), 1e-4
+    )
 
 
 REMAT = {
@@ -470,21 +400,21 @@ def test_remat(name: str) -> None:
     compiled = lowered.compile()
     assert functions_called(compiled.as_text()) == expected
     reference = jax.jit(jax.value_and_grad(_layers(_dense), argnums=(0, 1)))
-    _assert_close(compiled(tokens, biases), reference(tokens, biases))
+    assert_trees_close(compiled(tokens, biases), reference(tokens, biases))
 
 
 # ---- What is computed, and what is not -----------------------------------------------
 
 
 def test_first_order_is_one_forward_and_one_backward() -> None:
-    gradient = jax.grad(_loss(_attend(None)))
+    gradient = jax.grad(loss_of(_attend(None)))
     assert primitives(gradient, _arrays()) == {"forward": 1, "backward": 1}
     mapped = jax.vmap(gradient)
     assert primitives(mapped, _arrays(leading=(2,))) == {"forward": 1, "backward": 1}
 
 
 def test_forward_mode_is_one_forward_and_one_tangent() -> None:
-    tangent = functools.partial(_jvp, _attend(None))
+    tangent = functools.partial(DERIVATIVES["jvp"], _attend(None))
     assert primitives(tangent, _arrays(), _arrays()) == {"forward": 1, "tangent": 1}
 
 
@@ -513,7 +443,7 @@ def _gradient_of(wanted: tuple[str, ...], attend: Attend) -> Any:
 
     def gradient(arrays: Arrays) -> Arrays:
         moving = {name: arrays[name] for name in wanted}
-        return jax.grad(lambda moving: _loss(attend)({**arrays, **moving}))(moving)
+        return jax.grad(lambda moving: loss_of(attend)({**arrays, **moving}))(moving)
 
     return gradient
 
@@ -527,7 +457,7 @@ def test_only_wanted_gradients_are_computed(wanted: tuple[str, ...]) -> None:
     assert set(_parameter("wrt", gradient, arrays)) == {FIELDS[n] for n in wanted}
     everything = _evaluate(DERIVATIVES["grad"], _dense, arrays, arrays)
     expected = {name: everything[name] for name in wanted}
-    _assert_close(jax.jit(gradient)(arrays), expected)
+    assert_trees_close(jax.jit(gradient)(arrays), expected)
     text = jax.jit(gradient).lower(arrays).as_text()
     for target in custom_calls(text):
         if target.startswith("jax_na_backward"):
@@ -538,7 +468,7 @@ def test_only_wanted_gradients_are_computed(wanted: tuple[str, ...]) -> None:
 def test_stopped_gradients_are_not_computed() -> None:
     def loss(arrays: Arrays) -> jax.Array:
         key = jax.lax.stop_gradient(arrays["key"])
-        return _loss(_attend(None))({**arrays, "key": key})
+        return loss_of(_attend(None))({**arrays, "key": key})
 
     wrt = _parameter("wrt", jax.grad(loss), _arrays())
     assert set(wrt) == set(FIELDS.values()) - {"key"}
@@ -567,7 +497,7 @@ def test_gradient_of_one_output(output: str, implementation: str) -> None:
     ours = jax.grad(functools.partial(loss, _attend(implementation)))
     dense = jax.grad(functools.partial(loss, _dense))
     assert _parameter("has_dlse", ours, arrays) == (output == "lse")
-    _assert_close(jax.jit(ours)(arrays), jax.jit(dense)(arrays))
+    assert_trees_close(jax.jit(ours)(arrays), jax.jit(dense)(arrays))
 
 
 def test_unused_call_is_removed() -> None:
@@ -588,7 +518,7 @@ def test_frames_have_no_gradient() -> None:
     gradients, of_frame = gradient(arrays, frame)
     assert {leaf.dtype for leaf in jax.tree.leaves(of_frame)} == {jax.dtypes.float0}
     expected = jax.grad(lambda a: jnp.sum(_dense({**a, "frame": frame})[0]))
-    _assert_close(gradients, jax.jit(expected)(arrays))
+    assert_trees_close(gradients, jax.jit(expected)(arrays))
 
 
 def test_frames_do_not_recompile() -> None:
@@ -601,7 +531,7 @@ def test_frames_do_not_recompile() -> None:
     dense = jax.jit(functools.partial(framed, _dense))
     for length in (3, 4, 5):
         frame = jax_na.Frame(jnp.asarray([length, 6]), jnp.asarray(0), jnp.asarray(0))
-        _assert_close(ours(arrays, frame)[0], dense(arrays, frame)[0])
+        assert_trees_close(ours(arrays, frame)[0], dense(arrays, frame)[0])
     assert ours._cache_size() == 1
 
 
@@ -619,12 +549,12 @@ def test_donated_buffers(grad: bool, implementation: str) -> None:
         if not name.startswith("additional")
     }
     attend = _attend(implementation)
-    function = jax.grad(_loss(attend)) if grad else attend
-    reference = jax.grad(_loss(_dense)) if grad else _dense
+    function = jax.grad(loss_of(attend)) if grad else attend
+    reference = jax.grad(loss_of(_dense)) if grad else _dense
     expected = jax.jit(reference)(arrays)
     donating = jax.jit(function, donate_argnums=0)
     compiled = donating.lower(arrays).compile()
     assert "input_output_alias={" in compiled.as_text()
     query = arrays["query"]
-    _assert_close(compiled(arrays), expected)
+    assert_trees_close(compiled(arrays), expected)
     assert query.is_deleted()

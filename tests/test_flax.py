@@ -18,6 +18,8 @@ import jax_na
 import jax_na.linen
 import jax_na.nnx
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FEATURES = 16
 HEADS = 4
 

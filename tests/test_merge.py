@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -10,18 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
+from dense import dense_attention
+from derivatives import second_order
 from problems import (
     Arrays,
     FrameSpec,
     ProblemSpec,
-    dtypes,
     implementations,
     make_arrays,
 )
-from tolerance import assert_close, assert_results_close
+from tolerance import assert_close, assert_results_close, assert_trees_close
 
 import jax_na
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 each_implementation = pytest.mark.parametrize("implementation", implementations())
 
@@ -47,7 +50,7 @@ INPUTS = (
 )
 
 
-def _split(arrays: Arrays, implementation: str, pieces: int) -> Any:
+def _split(arrays: Arrays, implementation: str | None, pieces: int) -> Any:
     """The call in pieces: rows of keys by frames, and additional keys on their own.
 
     A piece's frame names the whole grid, so every window is as in the whole call and
@@ -106,16 +109,26 @@ def test_split_keys_give_the_whole(implementation: str, dtype: str) -> None:
     assert_results_close(results, arrays.oracle(), dtype, implementation)
 
 
-@each_implementation
-def test_second_order(implementation: str) -> None:
-    if "float64" not in dtypes(implementation):
-        pytest.skip(f"{implementation!r} takes no float64 here")
+def test_second_order() -> None:
     spec = dataclasses.replace(WHOLE, grid=(4, 5), kernel_size=(2, 3), head_dim=2)
     arrays = make_arrays(spec, "float64")
+    inputs = {name: arrays.inputs[name] for name in INPUTS}
+    window = spec.static_arguments()
+    assert window.pop("scale") is None
+
+    def attend(implementation: str | None, inputs: dict[str, jax.Array]) -> Any:
+        if implementation == "dense":
+            return dense_attention(**inputs, **window)
+        split = _split(arrays, implementation, 2)
+        return split(*(inputs[name] for name in INPUTS))
+
     with jax.enable_x64(True):
-        attend = jax.jit(_split(arrays, implementation, 2))
-        inputs = tuple(jnp.asarray(arrays.inputs[name]) for name in INPUTS)
-        check_grads(attend, inputs, order=2, modes=("fwd", "rev"))
+        expected, *results = (
+            second_order(functools.partial(attend, implementation), inputs)
+            for implementation in ("dense", None, "xla")
+        )
+        for result in results:
+            assert_trees_close(result, expected, 1e-10)
 
 
 def _numbers(parts: int, dtype: Any = np.float32) -> tuple[list[Any], list[Any]]:
@@ -214,7 +227,9 @@ def test_second_order_next_to_empty_rows() -> None:
         return (out**2).sum() + (jnp.where(jnp.isfinite(lse), lse, 0.0) ** 2).sum()
 
     for mode in (jax.jacfwd, jax.jacrev):
-        second = mode(jax.grad(loss, argnums=(0, 1)), argnums=(0, 1))(outputs, lses)
+        second = jax.jit(mode(jax.grad(loss, argnums=(0, 1)), argnums=(0, 1)))(
+            outputs, lses
+        )
         for block in jax.tree.leaves(second):
             assert np.isfinite(block).all()
 

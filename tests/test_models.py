@@ -19,6 +19,8 @@ from flax import nnx
 from jax_na import models
 from jax_na.models import _blocks, _checkpoint, _keys, _resampling
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Two small architectures with every feature between them: dilations, an even and an odd
 # number of stages, scales, both tokenizers.
 SMALL = models.Config(

@@ -17,6 +17,7 @@ from problems import (
     DIFFERENTIABLE,
     FrameSpec,
     ProblemSpec,
+    chosen_dtypes,
     make_arrays,
     platform,
 )
@@ -63,6 +64,8 @@ SPECS = (
         bias=True,
     ),
 )
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
 #: What computes the products here, best first.
 IMPLEMENTATIONS = tuple(
@@ -72,12 +75,7 @@ IMPLEMENTATIONS = tuple(
 )
 each_implementation_and_dtype = pytest.mark.parametrize(
     ("implementation", "dtype"),
-    [
-        (name, dtype)
-        for name in IMPLEMENTATIONS
-        for dtype in ("float64", "float32", "bfloat16", "float16")
-        if (name, dtype) != ("gemm", "float64")
-    ],
+    [(name, dtype) for name in IMPLEMENTATIONS for dtype in chosen_dtypes(name)],
 )
 
 

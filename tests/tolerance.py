@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 #: By the dtype of query, key and value, also for results of another dtype.
@@ -87,6 +89,22 @@ def assert_close(
     )
     assert _rms(error) <= tolerance * scale, message
     assert error.max() <= 10 * tolerance * scale, message
+
+
+def assert_trees_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    """Asserts that two trees have one structure, and that each of their arrays agrees.
+
+    ``tolerance`` is relative to the largest element of an array, or to a hundredth.
+    """
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)
+    ):
+        assert a.shape == b.shape, (path, a.shape, b.shape)
+        size = max(1e-2, float(jnp.max(jnp.abs(b)))) if b.size else 0.0
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * size, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def assert_results_close(
