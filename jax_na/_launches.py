@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jax_na import _shared_memory
 from jax_na._plan import HopperTilings, Plan
 from jax_na._problem import Operands, Problem
 
-_LARGEST_SHARED_BIAS = 16 << 10  # as in cuda/fused/bias.cuh
 _HOPPER_SHARED = 227 << 10  # as in cuda/sm90/pipeline.cuh
 
 
@@ -56,76 +56,43 @@ def launches(
     return (Launch("forward", 0),), tuple(Launch(name, 0) for name in backward)
 
 
-def _aligned(size: int, to: int = 128) -> int:
-    return -(-size // to) * to
-
-
-def _tables(rows: int) -> int:
-    """``TileTables``: intervals, origins, tokens of rows, two lists of columns.
-
-    ``cuda/fused/geometry.cuh`` asserts what this gives.
-    """
-    return _aligned(12 * (rows + 2) + 12 + 4 * rows, 8) + 2 * 64 * 8
-
-
-def _bias_tables(rows: int) -> int:
-    return 4 * (rows + 64)
-
-
 # ---- Fused ---------------------------------------------------------------------------
 
 
-def _padded(channels: int, to: tuple[int, ...]) -> int:
-    return next(size for size in to if channels <= size)
-
-
 def _row_bytes(operands: Operands) -> int:
-    """Of a token's channels in shared memory, in the fused kernels."""
     channels = max(operands.query.shape[-1], operands.value.shape[-1])
-    padded = _padded(channels, (32, 64, 96, 128, 192, 256))
-    return padded * operands.query.dtype.itemsize
+    return _shared_memory.row_bytes(channels, operands.query.dtype.itemsize)
 
 
-def _shared_bias(problem: Problem, operands: Operands) -> int:
-    """Of one head's table; a large one is not brought to shared memory."""
-    if operands.bias is None:
-        return 0
-    size = 4 * math.prod(problem.bias_shape)
-    return size if size <= _LARGEST_SHARED_BIAS else 0
+def _bias_entries(problem: Problem, operands: Operands) -> int | None:
+    return None if operands.bias is None else math.prod(problem.bias_shape)
 
 
 def _fused_forward(
     problem: Problem, operands: Operands, plan: Plan
 ) -> tuple[Launch, ...]:
-    row_bytes, tiling = _row_bytes(operands), plan.forward
-    stages = 2 if row_bytes <= 128 else 1
-    tokens = tiling.rows + 2 * stages * tiling.columns
-    size = tokens * row_bytes + _tables(tiling.rows) + _bias_tables(tiling.rows) + 4
-    return (Launch("forward", _aligned(size) + _shared_bias(problem, operands)),)
+    shape = (plan.forward.rows, plan.forward.columns)
+    entries = _bias_entries(problem, operands)
+    return (
+        Launch("forward", _shared_memory.forward(_row_bytes(operands), shape, entries)),
+    )
 
 
 def _fused_backward(
     problem: Problem, operands: Operands, plan: Plan
 ) -> tuple[Launch, ...]:
     row_bytes = _row_bytes(operands)
-    stages = 2 if row_bytes <= 256 else 1
-    rows, columns = plan.dquery.rows, plan.dquery.columns
-    size = _aligned(2 * (rows + stages * columns) * row_bytes + _tables(rows))
-    if operands.bias is not None:
-        scores = 4 * rows * (columns + 2)
-        size = _aligned(_aligned(size + _bias_tables(rows), 8) + scores + 4)
-        size += 2 * _shared_bias(problem, operands)
+    size = _shared_memory.dquery(
+        row_bytes,
+        (plan.dquery.rows, plan.dquery.columns),
+        _bias_entries(problem, operands),
+    )
     found = [Launch("dquery" if operands.bias is None else "dquery, dbias", size)]
     if operands.bias is not None and plan.bias_splits > 1:
         found.append(Launch("sum of dbias", 0))
 
-    rows, columns = plan.dkey.rows, plan.dkey.columns
-    tokens = 2 * (rows + stages * columns)
-    statistics = 2 * 2 * 4 * columns
-    size = tokens * row_bytes + statistics + _tables(rows) + _bias_tables(rows)
-    size = _aligned(size)
-    if operands.query.dtype.itemsize == 2 and 128 < row_bytes <= 256:
-        size += 2 * rows * columns  # weights that one warp makes for another
+    shape = (plan.dkey.rows, plan.dkey.columns)
+    size = _shared_memory.dkey(row_bytes, shape, operands.query.dtype.itemsize)
     # The sums of both do not fit the registers where heads are wide.
     wide = max(operands.query.shape[-1], operands.value.shape[-1]) > 128
     found += _key_and_value("d{}", wide, size)
@@ -182,7 +149,8 @@ def _gemm(operands: Operands) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     element = operands.query.dtype.itemsize
 
     def product(function: str, name: str, channels: int) -> Launch:
-        row_bytes = _padded(channels, (32, 64, 128, 256)) * element
+        padded = next(dim for dim in (32, 64, 128, 256) if channels <= dim)
+        row_bytes = padded * element
         tokens = 64 if row_bytes <= 512 else 32  # of the rows, and of the columns
         if function == "pair":
             stages = 2 if row_bytes <= 256 else 1
@@ -191,7 +159,9 @@ def _gemm(operands: Operands) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
             size = 2 * tokens * row_bytes + element * tokens * tokens
         else:
             size = 2 * tokens * (row_bytes + 8) + 64
-        return Launch(name, _aligned(size + _tables(tokens)))
+        return Launch(
+            name, _shared_memory.aligned(size + _shared_memory.tables(tokens))
+        )
 
     scores = product("pair", "scores", head_dim)
     return (

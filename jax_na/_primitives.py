@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,10 +42,13 @@ def unpack(arrays: Iterable[Any], present: tuple[str, ...]) -> Operands:
     return Operands(**dict(zip(present, arrays, strict=True)))
 
 
-def traits(operands: Operands) -> Traits:
+def traits(operands: Operands, problem: Problem) -> Traits:
     """What decides which implementations can run a call."""
     return Traits(
-        operands.query.dtype, operands.query.shape[-1], operands.value.shape[-1]
+        operands.query.dtype,
+        operands.query.shape[-1],
+        operands.value.shape[-1],
+        None if operands.bias is None else math.prod(problem.bias_shape),
     )
 
 

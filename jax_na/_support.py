@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from jax_na import _ffi, _tiling_sm90
+from jax_na import _ffi, _shared_memory, _tiling_sm90
 
 Implementation: TypeAlias = Literal["fused", "gemm", "naive", "xla"]
 
@@ -46,11 +46,19 @@ def check_implementation(implementation: Any) -> None:
 
 
 class Traits(NamedTuple):
-    """What of a call decides which implementations can run it."""
+    """What of a call decides which implementations can run it.
+
+    Attributes:
+        dtype: of query, key and value.
+        head_dim: of query and key.
+        value_dim: of value.
+        bias_entries: of one head's table; None without a bias.
+    """
 
     dtype: np.dtype
     head_dim: int
     value_dim: int
+    bias_entries: int | None = None
 
 
 def refusal(
@@ -71,16 +79,18 @@ def refusal(
         if platform not in NATIVE_PLATFORMS:
             return f"jax_na has no native kernels for the platform {platform!r}"
         return f"jax_na was installed without its native kernels for {platform!r}"
-    if implementation == "gemm" and function == "forward":
-        function = "pair"  # attention is composed of products
-    if _ffi.target_name(function, implementation) not in targets:
+    # Attention is composed of products there.
+    kernel = "pair" if implementation == "gemm" else function
+    if _ffi.target_name(kernel, implementation) not in targets:
         return f"jax_na has no {implementation!r} kernels for the platform {platform!r}"
     if traits is not None and platform == "cuda" and implementation in _TENSOR_CORES:
-        return _tensor_core_refusal(implementation, traits)
+        return _tensor_core_refusal(implementation, traits, function)
     return None
 
 
-def _tensor_core_refusal(implementation: str, traits: Traits) -> str | None:
+def _tensor_core_refusal(
+    implementation: str, traits: Traits, function: str
+) -> str | None:
     if traits.dtype == np.dtype("float64"):
         return (
             f"{implementation!r} on 'cuda' takes query, key and value in float32, "
@@ -92,6 +102,13 @@ def _tensor_core_refusal(implementation: str, traits: Traits) -> str | None:
                 f"{implementation!r} on 'cuda' takes head dimensions that are multiples "
                 f"of 8 up to 256, got {channels} for {name}"
             )
+    if implementation == "fused":
+        return _shared_memory.refusal(
+            function,
+            max(traits.head_dim, traits.value_dim),
+            traits.dtype.itemsize,
+            traits.bias_entries,
+        )
     return None
 
 
@@ -128,15 +145,20 @@ def hopper_refusal(
 
 
 def choose(
-    implementation: str | None, platform: str, traits: Traits | None = None
+    implementation: str | None,
+    platform: str,
+    traits: Traits | None = None,
+    function: str = "forward",
 ) -> str:
     """The implementation that runs a call on ``platform``; None asks for the best.
+
+    ``function`` is "forward" or "backward": the passes of a call may run differently.
 
     Raises:
         NotImplementedError: a named implementation cannot run there; the message says
             why, and which ones can.
     """
-    return pick(implementation, lambda name: refusal(name, platform, traits))
+    return pick(implementation, lambda name: refusal(name, platform, traits, function))
 
 
 def pick(implementation: str | None, reason_of: Callable[[str], str | None]) -> str:

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from problems import implementations, platform
+from programs import functions_called
 from tiers import force_tier
 
 import jax_na
-from jax_na import _explain, _ffi
+from jax_na import _explain, _ffi, _shared_memory
 
 NAMES = ("fused", "gemm", "naive", "xla")
 
@@ -225,6 +226,68 @@ def test_launches_of_gemm(dim: int, element: int) -> None:
             "dvalue": scatter,
         },
     )
+
+
+@pytest.mark.usefixtures("every_kernel")
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "taken"),
+    [
+        ((8, 0), jnp.float32, 256, None),
+        ((8, 6), jnp.bfloat16, 96, None),
+        ((8, 6), jnp.bfloat16, 128, "107.6"),
+        ((8, 9), jnp.float32, 64, "99.6"),
+        ((12, 0), jnp.float32, 256, "130"),
+        ((77, 0), jnp.float32, 256, None),  # not known
+    ],
+)
+def test_gradients_on_gpus_of_little_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: Any,
+    head_dim: int,
+    taken: str | None,
+) -> None:
+    """Another implementation runs them, or an error tells why none does."""
+    monkeypatch.setattr(_shared_memory, "compute_capabilities", lambda: [capability])
+    shapes = _shapes(head_dim, dtype)
+
+    def explain(implementation: str | None) -> jax_na.Explanation:
+        return jax_na.explain(
+            **shapes,
+            kernel_size=(3, 3),
+            implementation=implementation,
+            platform="cuda",
+        )
+
+    def lower(implementation: str | None) -> str:
+        def loss(query: Any, key: Any, value: Any) -> jax.Array:
+            arguments = {"kernel_size": (3, 3), "implementation": implementation}
+            return jax_na.neighborhood_attention(query, key, value, **arguments).sum()
+
+        traced = jax.jit(jax.grad(loss)).trace(*shapes.values())
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    explanation, named = explain(None), explain("fused")
+    assert explanation.implementation == named.implementation == "fused"
+    called = functions_called(lower(None))
+    if taken is None:
+        assert explanation.backward_implementation == "fused"
+        assert explanation.backward_refusal is None
+        assert called == functions_called(lower("fused"))
+        assert set(called) == {"forward", "backward"}
+        return
+    assert explanation.backward_implementation == "gemm"
+    assert named.backward_implementation is None
+    assert set(called) == {"forward", "pair", "gather"}
+    with pytest.raises(NotImplementedError, match="shared memory") as raised:
+        lower("fused")
+    version = ".".join(map(str, capability))
+    for text in (str(raised.value), str(explanation), str(named)):
+        for part in (f"take {taken}", version, "99 KiB"):
+            assert part in text
+    assert explanation.portable.backward[0].kernel == "scores"
+    for passes in (explanation.portable.forward, explanation.portable.backward):
+        assert all(launch.shared_bytes <= 99 << 10 for launch in passes)
 
 
 def test_launches_are_those_of_cuda() -> None:
