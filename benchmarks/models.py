@@ -11,7 +11,7 @@ tells besides where the time of a training step goes, and how much of it layout 
 around the attention kernels take.
 
 XLA compiles a training step of NAT-Mini for a GPU for a minute on one core, and there are
-120 programs: processes compile them side by side (farm.py) and hold still while one is
+132 programs: processes compile them side by side (farm.py) and hold still while one is
 timed. ``--minutes`` ends the run in time, the most telling cases being the first.
 """
 
@@ -102,6 +102,7 @@ _GPU_CASES = (
     ("dinat_base", 512, 8, True),
     ("nat_tiny", 1024, 2, True),
     ("dinat_base", 1024, 2, True),
+    ("dinat_large_384_11x11", 384, 16, False),  # the widest windows that are published
 )
 _PROFILED = ("nat_mini", "dinat_base")
 
