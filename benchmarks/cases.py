@@ -26,6 +26,7 @@ class Case:
         stride, dilation: per axis, default 1.
         is_causal: per axis, default False.
         dtype: of the operands, default bfloat16.
+        bias: whether there is a relative positional bias, default False.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     dilation: tuple[int, ...]
     is_causal: tuple[bool, ...]
     dtype: str = "bfloat16"
+    bias: bool = False
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Case:
@@ -53,6 +55,7 @@ class Case:
             tuple(entry.get("dilation", [1] * rank)),
             tuple(entry.get("causal", [False] * rank)),
             entry.get("dtype", "bfloat16"),
+            entry.get("bias", False),
         )
 
     @property
@@ -71,6 +74,14 @@ class Case:
     @property
     def operand_shape(self) -> tuple[int, ...]:
         return (self.batch, *self.shape, self.heads, self.head_dim)
+
+    @property
+    def bias_table(self) -> jax.Array | None:
+        """A random one of unit variance, float32, if the case has a bias."""
+        if not self.bias:
+            return None
+        shape = (self.heads, *(2 * size - 1 for size in self.window))
+        return jax.random.normal(jax.random.key(1), shape)
 
     def flops(self, backward: bool) -> int:
         """Useful floating-point operations."""

@@ -17,7 +17,6 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import cases
 import jax
@@ -27,7 +26,7 @@ import torch_peers
 
 import jax_na
 
-OURS = ("fused", "gemm", "naive", "xla")
+OWN = {f"jax_na {name}": name for name in ("fused", "gemm", "naive", "xla")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +50,35 @@ def _measure_jax(
     make: Callable[[cases.Case], Attention], case: cases.Case, calls: int
 ) -> tuple[float, float]:
     attend = make(case)
-    query, key, value, cotangent = case.operands()
+    *inputs, cotangent = case.operands()
+    if case.bias_table is not None:
+        inputs.append(case.bias_table)
     forward = jax.jit(attend)
-    _, vjp = jax.vjp(forward, query, key, value)
+    _, vjp = jax.vjp(forward, *inputs)
     backward = jax.jit(lambda vjp, cotangent: vjp(cotangent))
     return (
-        timing.jax_milliseconds(lambda: forward(query, key, value), calls),
+        timing.jax_milliseconds(lambda: forward(*inputs), calls),
         timing.jax_milliseconds(lambda: backward(vjp, cotangent), calls),
     )
 
 
-def _ours(implementation: str, **options: Any) -> Callable[[cases.Case], Attention]:
-    return lambda case: functools.partial(
-        jax_na.neighborhood_attention,
-        implementation=implementation,
-        **case.window_arguments,
-        **options,
-    )
+def _ours(implementation: str) -> Callable[[cases.Case], Attention]:
+    def make(case: cases.Case) -> Attention:
+        def attention(
+            query: jax.Array, key: jax.Array, value: jax.Array, *bias: jax.Array
+        ) -> jax.Array:
+            return jax_na.neighborhood_attention(
+                query,
+                key,
+                value,
+                **case.window_arguments,
+                rel_pos_bias=bias[0] if bias else None,
+                implementation=implementation,
+            )
+
+        return attention
+
+    return make
 
 
 def _unmasked(case: cases.Case) -> Attention:
@@ -82,7 +93,7 @@ def _unmasked(case: cases.Case) -> Attention:
 
 
 JAX_CONTENDERS: dict[str, Callable[[cases.Case], Attention]] = {
-    **{f"jax_na {name}": _ours(name) for name in OURS},
+    **{contender: _ours(name) for contender, name in OWN.items()},
     "dense cuDNN, no mask": _unmasked,
     "dense cuDNN, mask": lambda case: peers.dense(
         case.shape, implementation="cudnn", **case.window_arguments
@@ -105,6 +116,9 @@ def measure(
     name: str, problems: Sequence[cases.Case], calls: int
 ) -> Iterator[Measurement]:
     for case in problems:
+        if case.bias and name not in OWN:
+            yield Measurement(case.name, name, refusal="not measured with a bias")
+            continue
         try:
             forward, backward = CONTENDERS[name](case, calls)
         except Exception as error:
@@ -125,7 +139,13 @@ def measure(
 
 def _visited_over_useful(case: cases.Case) -> float | None:
     operand = jax.ShapeDtypeStruct(case.operand_shape, case.dtype)
-    plan = jax_na.explain(operand, operand, operand, **case.window_arguments)
+    plan = jax_na.explain(
+        operand,
+        operand,
+        operand,
+        **case.window_arguments,
+        rel_pos_bias=case.bias_table,
+    )
     return plan.visited_over_useful
 
 
