@@ -189,7 +189,7 @@ def case_problems(most: int) -> Iterator[dict[str, Any]]:
             "stride": _three(stride),
             "dilation": _three([1] * len(grid)),
             "is_causal": _three([0] * len(grid), 0),
-            "bias": 0,
+            "bias": int(case.get("bias", False)),
         }
         forward, *backward = (
             _tilings(which, case["hd"], axes, case["B"] * heads, most)
