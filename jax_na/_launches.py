@@ -39,7 +39,7 @@ def launches(
 ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     """Of the forward pass, and of the backward pass for every gradient there is.
 
-    The kernels are those that every NVIDIA GPU runs.
+    The kernels are the portable ones.
     """
     if implementation == "fused":
         assert plan is not None
