@@ -1,4 +1,4 @@
-"""Derivatives of functions of arrays, of first and second order, mode over mode."""
+"""Derivatives of attention, of first and second order, mode over mode."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 
 Arrays = Any  # a tree
-Function = Callable[[Arrays], Any]
+Function = Callable[[Arrays], tuple[jax.Array, jax.Array]]  # out and lse
 
 
 def loss_of(function: Function) -> Callable[[Arrays], jax.Array]:
-    """Not linear in any output, and of the same weight for all."""
+    """Not linear in out and lse, and of the same weight for both."""
 
     def loss(arrays: Arrays) -> jax.Array:
-        return sum(jnp.sum(jnp.sin(out)) for out in jax.tree.leaves(function(arrays)))
+        out, lse = function(arrays)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
 
     return loss
 
@@ -31,8 +32,8 @@ def linearize(function: Function, arrays: Arrays, tangents: Arrays) -> Any:
 
 
 def linear_transpose(function: Function, arrays: Arrays, tangents: Arrays) -> Any:
-    outputs, linear = jax.linearize(function, arrays)
-    return jax.linear_transpose(linear, tangents)(jax.tree.map(jnp.cos, outputs))
+    (out, lse), linear = jax.linearize(function, arrays)
+    return jax.linear_transpose(linear, tangents)((jnp.cos(out), jnp.sin(lse)))
 
 
 def tangent_of_gradient(function: Function, arrays: Arrays, tangents: Arrays) -> Any:
@@ -43,7 +44,7 @@ def gradient_of_tangent(function: Function, arrays: Arrays, tangents: Arrays) ->
     def slope(arrays: Arrays) -> jax.Array:
         return jax.jvp(loss_of(function), (arrays,), (tangents,))[1]
 
-    return jax.grad(slope)(arrays)
+    return jax.value_and_grad(slope)(arrays)
 
 
 def gradient_of_gradient(function: Function, arrays: Arrays, tangents: Arrays) -> Any:
@@ -51,7 +52,7 @@ def gradient_of_gradient(function: Function, arrays: Arrays, tangents: Arrays) -
         gradients = jax.grad(loss_of(function))(arrays)
         return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradients, tangents)))
 
-    return jax.grad(slope)(arrays)
+    return jax.value_and_grad(slope)(arrays)
 
 
 def tangent_of_tangent(function: Function, arrays: Arrays, tangents: Arrays) -> Any:

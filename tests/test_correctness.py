@@ -331,7 +331,7 @@ def test_one_key(implementation: str, dtype: str) -> None:
     assert_results_close(results, expected, dtype, implementation)
 
 
-# What test_composition.py differentiates has no dilation, frame or third axis.
+# What test_composition.py differentiates has no frame, third axis or ragged dilation.
 SECOND_ORDER = (
     ProblemSpec("dilation", (7,), (3,), stride=2, dilation=2, batch=(), head_dim=3),
     ProblemSpec(
