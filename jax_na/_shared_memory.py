@@ -81,8 +81,7 @@ def largest(
 
 def row_bytes(channels: int, element_bytes: int) -> int:
     """Of a token's channels, padded."""
-    padded = next(dim for dim in (32, 64, 96, 128, 192, 256) if channels <= dim)
-    return padded * element_bytes
+    return _tiling.padded_channels(channels) * element_bytes
 
 
 def forward(row_bytes: int, shape: _tiling.Shape, bias_entries: int | None) -> int:

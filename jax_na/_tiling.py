@@ -47,9 +47,14 @@ class Variant:
     wide: float = 1.0
 
 
+def padded_channels(channels: int) -> int:
+    """Channels of a head as the kernels pad them in shared memory."""
+    return next(dim for dim in (32, 64, 96, 128, 192, 256) if channels <= dim)
+
+
 def variant_of(channels: int, element_bytes: int) -> Variant:
     """The variant for so many channels of a head, of so many bytes each."""
-    padded = next(dim for dim in (32, 64, 96, 128, 192, 256) if channels <= dim)
+    padded = padded_channels(channels)
     if padded * element_bytes > 512:  # more would not fit in shared memory
         small = ((32, 32),)
         return Variant(small, small, small)
