@@ -26,7 +26,7 @@ import torch_peers
 
 import jax_na
 
-OWN = {f"jax_na {name}": name for name in ("fused", "gemm", "naive", "xla")}
+OURS = ("fused", "gemm", "naive", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,9 @@ def _measure_jax(
 ) -> tuple[float, float]:
     attend = make(case)
     *inputs, cotangent = case.operands()
-    if case.bias_table is not None:
-        inputs.append(case.bias_table)
+    bias = case.bias_table
+    if bias is not None:
+        inputs.append(bias)
     forward = jax.jit(attend)
     _, vjp = jax.vjp(forward, *inputs)
     backward = jax.jit(lambda vjp, cotangent: vjp(cotangent))
@@ -65,14 +66,17 @@ def _measure_jax(
 def _ours(implementation: str) -> Callable[[cases.Case], Attention]:
     def make(case: cases.Case) -> Attention:
         def attention(
-            query: jax.Array, key: jax.Array, value: jax.Array, *bias: jax.Array
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            bias: jax.Array | None = None,
         ) -> jax.Array:
             return jax_na.neighborhood_attention(
                 query,
                 key,
                 value,
                 **case.window_arguments,
-                rel_pos_bias=bias[0] if bias else None,
+                rel_pos_bias=bias,
                 implementation=implementation,
             )
 
@@ -93,7 +97,7 @@ def _unmasked(case: cases.Case) -> Attention:
 
 
 JAX_CONTENDERS: dict[str, Callable[[cases.Case], Attention]] = {
-    **{contender: _ours(name) for contender, name in OWN.items()},
+    **{f"jax_na {name}": _ours(name) for name in OURS},
     "dense cuDNN, no mask": _unmasked,
     "dense cuDNN, mask": lambda case: peers.dense(
         case.shape, implementation="cudnn", **case.window_arguments
@@ -116,7 +120,7 @@ def measure(
     name: str, problems: Sequence[cases.Case], calls: int
 ) -> Iterator[Measurement]:
     for case in problems:
-        if case.bias and name not in OWN:
+        if case.bias and "jax_na" not in name:
             yield Measurement(case.name, name, refusal="not measured with a bias")
             continue
         try:
