@@ -91,7 +91,9 @@ cudaError_t backward_fused(const BackwardCall& call, const ffi::Dictionary& attr
   const auto splits = [&](const char* name) {
     return to_size(name, attribute<int64_t>(attributes, name), 1);
   };
-  const cuda::BackwardTiling plan = {tiling(attributes, p, "query_tile", "key_box"),
+  cuda::Tiling dbias = {};
+  if (call.dbias != nullptr) dbias = tiling(attributes, p, "bias_query_tile", "bias_key_box");
+  const cuda::BackwardTiling plan = {tiling(attributes, p, "query_tile", "key_box"), dbias,
                                      tiling(attributes, p, "query_box", "key_tile"),
                                      splits("bias_splits"), splits("additional_splits")};
   const auto at_once = hopper_gradients(attributes, p);

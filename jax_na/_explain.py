@@ -31,7 +31,8 @@ class Kernels:
     Attributes:
         boxes: of rows and columns that they work on, and the work that this makes, of
             ``"forward"``, ``"dquery"`` and ``"dkey_dvalue"``, or ``"gradients"`` in place
-            of the last two; empty for kernels that do not plan.
+            of these two, and ``"dbias"`` where there is a bias; empty for kernels that do
+            not plan.
         visited_over_useful: pairs that the forward kernel computes for each visible one,
             None likewise.
         forward: launches of the forward pass in their order, each with its shared memory.
@@ -261,7 +262,8 @@ def _backward_launches(
 
 
 def _portable_boxes(plan: Plan) -> dict[str, Any]:
-    return {"forward": plan.forward, "dquery": plan.dquery, "dkey_dvalue": plan.dkey}
+    boxes = {"forward": plan.forward, "dquery": plan.dquery, "dkey_dvalue": plan.dkey}
+    return boxes if plan.dbias is None else {**boxes, "dbias": plan.dbias}
 
 
 def _hopper_kernels(

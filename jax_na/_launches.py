@@ -82,14 +82,14 @@ def _fused_backward(
     problem: Problem, operands: Operands, plan: Plan
 ) -> tuple[Launch, ...]:
     row_bytes = _row_bytes(operands)
-    size = _shared_memory.dquery(
-        row_bytes,
-        (plan.dquery.rows, plan.dquery.columns),
-        _bias_entries(problem, operands),
-    )
-    found = [Launch("dquery" if operands.bias is None else "dquery, dbias", size)]
-    if operands.bias is not None and plan.bias_splits > 1:
-        found.append(Launch("sum of dbias", 0))
+    entries = _bias_entries(problem, operands)
+    shape = (plan.dquery.rows, plan.dquery.columns)
+    found = [Launch("dquery", _shared_memory.dquery(row_bytes, shape, entries))]
+    if plan.dbias is not None:
+        shape = (plan.dbias.rows, plan.dbias.columns)
+        found.append(Launch("dbias", _shared_memory.dbias(row_bytes, shape, entries)))
+        if plan.bias_splits > 1:
+            found.append(Launch("sum of dbias", 0))
 
     shape = (plan.dkey.rows, plan.dkey.columns)
     size = _shared_memory.dkey(row_bytes, shape, operands.query.dtype.itemsize)
@@ -125,11 +125,7 @@ def hopper_launches(
     backward = _fused_backward(problem, operands, plan)
     if not isinstance(tilings, str):
         names = ("dquery", "dkey, dvalue", "dkey", "dvalue")
-        rest = (
-            Launch(launch.kernel.removeprefix("dquery, "), launch.shared_bytes)
-            for launch in backward
-            if launch.kernel not in names
-        )
+        rest = (launch for launch in backward if launch.kernel not in names)
         if "gradients" in tilings:
             own = [
                 Launch("dquery, dkey, dvalue", _HOPPER_SHARED),

@@ -12,8 +12,9 @@ from jax_na import _support, _tiling, _tiling_sm90
 from jax_na._native import Attributes
 from jax_na._problem import Operands, Problem
 
-#: How many CTAs keep a large GPU busy, and the most memory for partial sums.
-_WANTED_CTAS = 528
+#: How many CTAs keep a large GPU busy, twelve for each multiprocessor where their shares of
+#: the bias's gradient should end at the same time, and the most memory for partial sums.
+_WANTED_CTAS, _WANTED_BIAS_CTAS = 528, 1584
 _WORKSPACE_FLOATS = (16 << 20) // 4
 
 
@@ -45,7 +46,8 @@ class Plan:
 
     Attributes:
         forward: boxes of the forward pass, whose tiles own queries.
-        dquery: the same of the query's and the bias's gradient.
+        dquery: the same of the query's gradient.
+        dbias: the same of the bias's gradient; None without a bias.
         dkey: boxes of the gradients of key and value, whose tiles own keys.
         bias_splits: CTAs that share one table of the bias's gradient.
         additional_splits: CTAs that share the queries of 64 additional keys.
@@ -58,6 +60,7 @@ class Plan:
 
     forward: _tiling.Tiling
     dquery: _tiling.Tiling
+    dbias: _tiling.Tiling | None
     dkey: _tiling.Tiling
     bias_splits: int
     additional_splits: int
@@ -96,9 +99,16 @@ class Plan:
         self, wrt: Collection[str], deterministic: bool
     ) -> Attributes:
         """The same of the backward pass; see :meth:`hopper_gradients_of`."""
+        bias: Attributes = ()
+        if self.dbias is not None:
+            bias = (
+                ("bias_query_tile", self.dbias.row_tile),
+                ("bias_key_box", self.dbias.column_box),
+            )
         return (
             ("query_tile", self.dquery.row_tile),
             ("key_box", self.dquery.column_box),
+            *bias,
             ("query_box", self.dkey.column_box),
             ("key_tile", self.dkey.row_tile),
             ("bias_splits", self.bias_splits),
@@ -119,6 +129,9 @@ def make_plan(
     queries, keys = _axes(problem, query, key), _axes(problem, key, query)
     forward = _tiling.plan_rows_are_queries(queries, variant.forward, model)
     dquery = _tiling.plan_rows_are_queries(queries, variant.dquery, model)
+    dbias = None
+    if operands.bias is not None:
+        dbias = _tiling.plan_rows_are_queries(queries, variant.dbias, model)
     dkey = _tiling.plan_rows_are_keys(keys, variant.dkey, model)
     hopper_forward: HopperTilings = f"{implementation!r} has no kernels for Hopper"
     hopper_backward = hopper_gradients = hopper_forward
@@ -137,8 +150,9 @@ def make_plan(
     return Plan(
         forward,
         dquery,
+        dbias,
         dkey,
-        _bias_splits(problem, operands, dquery.tiles),
+        _bias_splits(problem, operands, dbias),
         _additional_splits(problem, operands),
         hopper_forward,
         hopper_backward,
@@ -170,7 +184,9 @@ def _hopper_tilings(
         if which.rows_are_keys:
             rows, columns, members = key, query, group
         axes, copies = _axes(problem, rows, columns), _copies(problem, rows)
-        tiling = _tiling_sm90.plan(which, channels, axes, copies, members)
+        tiling = _tiling_sm90.plan(
+            which, channels, axes, copies, members, operands.bias is not None
+        )
         tilings[which.name] = tiling
         own_cycles += which.cycles_of(tiling, copies) / members
         cost = model.cost(other)
@@ -201,7 +217,14 @@ def _gradients_tilings(
     if not _tiling_sm90.GRADIENTS.takes(channels):
         return f"they do not take head dimension {channels}"
     axes, copies = _axes(problem, key, query), _copies(problem, key)
-    tiling = _tiling_sm90.plan(_tiling_sm90.GRADIENTS, channels, axes, copies, members)
+    tiling = _tiling_sm90.plan(
+        _tiling_sm90.GRADIENTS,
+        channels,
+        axes,
+        copies,
+        members,
+        operands.bias is not None,
+    )
     queries = math.prod(query.shape[-problem.rank - 2 : -2])
     summed = members * _tiling_sm90.sums(queries, channels)
     cycles = _tiling_sm90.GRADIENTS.cycles_of(tiling, copies)
@@ -309,21 +332,24 @@ def _samples(shape: tuple[Any, ...]) -> int:
     return math.prod(size for size in shape if isinstance(size, int))
 
 
-def _splits(sums: int, floats: int, most: int) -> int:
+def _splits(ctas: int, sums: int, floats: int, most: int) -> int:
     """Into how many partial sums to split ``sums`` sums, ``floats`` numbers in all."""
-    wanted = -(-_WANTED_CTAS // max(1, sums))
+    wanted = -(-ctas // max(1, sums))
     return max(1, min(wanted, _WORKSPACE_FLOATS // max(1, floats), most))
 
 
-def _bias_splits(problem: Problem, operands: Operands, tiles: int) -> int:
-    if operands.bias is None:
+def _bias_splits(
+    problem: Problem, operands: Operands, tiling: _tiling.Tiling | None
+) -> int:
+    if tiling is None:
         return 1
     batch_rank = operands.query.ndim - problem.rank - 2
     samples = _samples(operands.query.shape[:batch_rank])
     own = _samples(operands.bias.shape[:batch_rank])
     tables = own * operands.query.shape[-2]
-    most = tiles * max(1, samples // max(1, own))
-    return _splits(tables, tables * math.prod(problem.bias_shape), most)
+    most = tiling.boxes * max(1, samples // max(1, own))
+    floats = tables * math.prod(problem.bias_shape)
+    return _splits(_WANTED_BIAS_CTAS, tables, floats, most)
 
 
 def _additional_splits(problem: Problem, operands: Operands) -> int:
@@ -333,4 +359,5 @@ def _additional_splits(problem: Problem, operands: Operands) -> int:
     channels = head_dim + operands.additional_value.shape[-1]
     sums = _samples(tuple(batch)) * key_heads
     queries = math.prod(operands.query.shape[-problem.rank - 2 : -2])
-    return _splits(sums * -(-tokens // 64), sums * tokens * channels, -(-queries // 64))
+    ctas, floats = sums * -(-tokens // 64), sums * tokens * channels
+    return _splits(_WANTED_CTAS, ctas, floats, -(-queries // 64))

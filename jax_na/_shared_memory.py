@@ -70,10 +70,10 @@ def largest(
     size = row_bytes(channels, element_bytes)
     if function == "forward":
         return max(forward(size, shape, bias_entries) for shape in variant.forward)
-    return max(
-        *(dquery(size, shape, bias_entries) for shape in variant.dquery),
-        *(dkey(size, shape, element_bytes) for shape in variant.dkey),
-    )
+    sizes = [dquery(size, shape, bias_entries) for shape in variant.dquery]
+    if bias_entries is not None:
+        sizes += [dbias(size, shape, bias_entries) for shape in variant.dbias]
+    return max(*sizes, *(dkey(size, shape, element_bytes) for shape in variant.dkey))
 
 
 # ---- Kernels -------------------------------------------------------------------------
@@ -94,15 +94,22 @@ def forward(row_bytes: int, shape: _tiling.Shape, bias_entries: int | None) -> i
 
 
 def dquery(row_bytes: int, shape: _tiling.Shape, bias_entries: int | None) -> int:
-    """Of the kernel for the gradients of query and bias."""
+    """Of the kernel for the gradient of the query."""
     rows, columns = shape
     tokens = 2 * (rows + _backward_stages(row_bytes) * columns)
     size = aligned(tokens * row_bytes + tables(rows))
     if bias_entries is None:
         return size
+    return aligned(size + _bias_tables(rows) + 4) + _shared_bias(bias_entries)
+
+
+def dbias(row_bytes: int, shape: _tiling.Shape, bias_entries: int) -> int:
+    """Of the kernel for the gradient of the bias."""
+    rows, columns = shape
+    stages = 2 if row_bytes <= 64 else 1
+    size = stages * 2 * (rows + columns) * row_bytes + tables(rows) + _bias_tables(rows)
     scores = 4 * rows * (columns + 2)
-    size = aligned(aligned(size + _bias_tables(rows), 8) + scores + 4)
-    return size + 2 * _shared_bias(bias_entries)
+    return aligned(aligned(size, 8) + scores + 4) + 2 * _shared_bias(bias_entries)
 
 
 def dkey(row_bytes: int, shape: _tiling.Shape, element_bytes: int) -> int:

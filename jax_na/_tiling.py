@@ -37,12 +37,14 @@ class Variant:
     Attributes:
         forward: of the forward pass, whose rows are queries.
         dquery: of the query's gradient, likewise.
+        dbias: of the bias's gradient, whose rows are queries.
         dkey: of the gradients of key and value, whose rows are keys.
         wide: :attr:`CostModel.wide` of these kernels, as measured.
     """
 
     forward: tuple[Shape, ...]
     dquery: tuple[Shape, ...]
+    dbias: tuple[Shape, ...]
     dkey: tuple[Shape, ...]
     wide: float = 1.0
 
@@ -57,14 +59,15 @@ def variant_of(channels: int, element_bytes: int) -> Variant:
     padded = padded_channels(channels)
     if padded * element_bytes > 512:  # more would not fit in shared memory
         small = ((32, 32),)
-        return Variant(small, small, small)
+        return Variant(small, small, small, small)
     base = (64, 64)
+    dbias = base if padded * element_bytes <= 256 else (32, 32)
     if element_bytes != 2 or padded > 128:
-        return Variant((base,), (base,), (base,))
+        return Variant((base,), (base,), (dbias,), (base,))
     forward = (base, (128, 64))
     if padded <= 64:
-        return Variant(forward, (base,), (base,))
-    return Variant(forward, (base, (128, 32)), (base,), wide=0.8)
+        return Variant(forward, (base,), (dbias,), (base,))
+    return Variant(forward, (base, (128, 32)), (dbias,), (base,), wide=0.8)
 
 
 #: ``key_interval`` or ``query_interval`` of :mod:`jax_na._window`.
@@ -279,7 +282,7 @@ def plan_rows_are_queries(
     shapes: tuple[Shape, ...],
     model: CostModel = CostModel(),
 ) -> Tiling:
-    """The cheapest boxes of the forward pass and of the query's gradient."""
+    """The cheapest boxes of the forward pass and of the gradients of query and bias."""
     return _search(axes, _window.key_interval, shapes, model)
 
 

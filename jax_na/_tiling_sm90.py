@@ -376,8 +376,8 @@ def _masks_by_product(
 ) -> np.ndarray:
     """bool ``[R, C]``: whether the masks of pairs of boxes are products.
 
-    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with a bias or
-    with frames have none either way.
+    As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with frames have
+    none either way, and those with a bias only where it fits (``cuda/sm90/bias.cuh``).
     """
     if kernel.product_cycles is None:
         return np.zeros((len(row_boxes), len(column_boxes)), bool)
@@ -433,6 +433,13 @@ def _boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
     return np.array(sorted(boxes, key=lambda box: box[::-1], reverse=True))
 
 
+@functools.lru_cache(maxsize=256)
+def _even_boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
+    """The same, of boxes whose last extents are even."""
+    pairs = _boxes(limit // 2, (*longest[:-1], -(-longest[-1] // 2)))
+    return pairs * ([1] * (len(longest) - 1) + [2])
+
+
 def fills_device(tiling: Tiling, copies: int | None) -> bool:
     """Whether there is a tile for every pipeline of all multiprocessors."""
     at_once = _MULTIPROCESSORS * tiling.kernel.pipelines
@@ -459,16 +466,20 @@ def best_tilings(
     axes: tuple[Axis, ...],
     copies: int | None,
     members: int = 1,
+    has_bias: bool = False,
     most: int = 1,
 ) -> list[tuple[float, Tiling]]:
     """The ``most`` cheapest boxes of a kernel, and their cycles; see :func:`plan`."""
     spanned = [(MOST_SPANNED - 1) // axis.dilation + 1 for axis in axes]
-    row_boxes, column_boxes = (
-        _boxes(tokens, tuple(map(min, spanned, longest)))
-        for tokens, longest in zip(
-            (ROWS, kernel.columns), zip(*(axis.longest_box for axis in axes))
-        )
+    row_limits, column_limits = (
+        tuple(map(min, spanned, longest))
+        for longest in zip(*(axis.longest_box for axis in axes))
     )
+    row_boxes = _boxes(ROWS, row_limits)
+    if has_bias:  # which scores begin with in pairs of columns
+        column_boxes = _even_boxes(kernel.columns, column_limits)
+    else:
+        column_boxes = _boxes(kernel.columns, column_limits)
     counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
     counts[1:] *= members
     products = _masks_by_product(axes, kernel, row_boxes, column_boxes)
@@ -499,6 +510,7 @@ def plan(
     axes: tuple[Axis, ...],
     copies: int | None,
     members: int = 1,
+    has_bias: bool = False,
 ) -> Tiling:
     """The cheapest boxes of a pass.
 
@@ -508,9 +520,10 @@ def plan(
         axes: the grid.
         copies: heads of rows of all samples, None where they are not known.
         members: heads of columns for every head of rows.
+        has_bias: whether there is a relative positional bias.
     """
     best = (
-        best_tilings(which, kernel, axes, copies, members)[0]
+        best_tilings(which, kernel, axes, copies, members, has_bias)[0]
         for kernel in which.kernels[which.padded(channels)]
     )
     return min(best, key=lambda found: found[0])[1]

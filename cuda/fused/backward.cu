@@ -19,22 +19,33 @@ struct SumPlan {
   void* result;
 };
 
-constexpr int kSumThreads = 256;
+constexpr int kSumWarps = 8;
 
-// result[i] = sum over parts
+// result[i] = sum over parts: a lane per element, and the warps share the parts.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ SumPlan plan) {
-  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (i >= plan.size) return;
+__global__ void __launch_bounds__(kSumWarps * kWarpLanes)
+    sum_kernel(const __grid_constant__ SumPlan plan) {
+  __shared__ float sums[kSumWarps][kWarpLanes];
+  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+  const int64_t i = int64_t{blockIdx.x} * kWarpLanes + lane;
   float sum = 0;
-  for (int32_t part = 0; part < plan.count; ++part) sum += plan.parts[part * plan.size + i];
+  if (i < plan.size) {
+#pragma unroll 4
+    for (int32_t part = warp; part < plan.count; part += kSumWarps) {
+      sum += plan.parts[part * plan.size + i];
+    }
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || i >= plan.size) return;
+  for (int other = 1; other < kSumWarps; ++other) sum += sums[other][lane];
   static_cast<T*>(plan.result)[i] = static_cast<T>(sum);
 }
 
 template <typename T>
 cudaError_t sum_parts(const SumPlan& plan, cudaStream_t stream) {
-  return launch(&sum_kernel<T>, (plan.size + kSumThreads - 1) / kSumThreads, kSumThreads, 0, plan,
-                stream);
+  return launch(&sum_kernel<T>, (plan.size + kWarpLanes - 1) / kWarpLanes,
+                kSumWarps * kWarpLanes, 0, plan, stream);
 }
 
 int64_t bias_tables(const Problem& p) {
@@ -76,6 +87,26 @@ cudaError_t dquery(const BackwardPlan& plan, cudaStream_t stream) {
 }
 
 template <typename T, Precision kPrecision>
+cudaError_t dbias(const BackwardPlan& plan, cudaStream_t stream) {
+  switch (padded_dim(plan.call.problem)) {
+    case 32:
+      return launch_dbias<T, 32, kPrecision>(plan, stream);
+    case 64:
+      return launch_dbias<T, 64, kPrecision>(plan, stream);
+    case 96:
+      return launch_dbias<T, 96, kPrecision>(plan, stream);
+    case 128:
+      return launch_dbias<T, 128, kPrecision>(plan, stream);
+    case 192:
+      return launch_dbias<T, 192, kPrecision>(plan, stream);
+    case 256:
+      return launch_dbias<T, 256, kPrecision>(plan, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename T, Precision kPrecision>
 cudaError_t dkey_dvalue(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
   switch (padded_dim(plan.call.problem)) {
     case 32:
@@ -109,6 +140,28 @@ BackwardPlan plan_of(const BackwardCall& call, const int32_t (&row_grid)[kMaxRan
   return plan;
 }
 
+// What the kernel of dbias wants to know beside.
+void add_bias_shares(BackwardPlan* plan, int32_t splits, float* workspace) {
+  const Problem& p = plan->call.problem;
+  const int32_t(&tile)[kMaxRank] = plan->rows.tile.extent;
+  const int32_t(&box)[kMaxRank] = plan->columns.order.extent;
+  plan->bias_splits = splits;
+  plan->tables = bias_tables(p);
+  plan->bias_partials = splits > 1 ? workspace : static_cast<float*>(plan->call.dbias);
+  int32_t boxes[kMaxRank], distances[kMaxRank];
+  for (int a = 0; a < kMaxRank; ++a) {
+    const AxisWindow& w = p.window[a];
+    int32_t most = tile[a] + w.kernel_size + w.stride - 2;  // columns that a tile sees
+    if (p.frame == nullptr) {
+      most = min_i32(most, (p.key_grid[a] + w.dilation - 1) / w.dilation);
+    }
+    boxes[a] = (most + box[a] - 1) / box[a];
+    distances[a] = tile[a] + box[a] - 1;
+  }
+  plan->boxes = BoxOrder(boxes);
+  plan->distances = BoxOrder(distances);
+}
+
 // The call in which the additional keys are all keys, with everything in sight.
 BackwardCall additional_call(const BackwardCall& call) {
   BackwardCall additional = call;
@@ -132,21 +185,19 @@ cudaError_t run(const BackwardCall& call, const BackwardTiling& tiling, float* w
                 cudaStream_t stream) {
   const Problem& p = call.problem;
   cudaError_t status = cudaSuccess;
-  if (call.dquery != nullptr || call.dbias != nullptr) {
-    BackwardPlan plan =
+  if (call.dquery != nullptr) {
+    const BackwardPlan plan =
         plan_of(call, p.query_grid, tiling.dquery.query_tile, tiling.dquery.key_tile);
-    plan.bias_splits = tiling.bias_splits;
-    plan.tables = bias_tables(p);
-    plan.bias_partials =
-        tiling.bias_splits > 1 ? workspace : static_cast<float*>(call.dbias);
-    int32_t distances[kMaxRank];
-    for (int a = 0; a < kMaxRank; ++a) {
-      distances[a] = tiling.dquery.query_tile[a] + tiling.dquery.key_tile[a] - 1;
-    }
-    plan.distances = BoxOrder(distances);
     status = dquery<T, kPrecision>(plan, stream);
     if (status != cudaSuccess) return status;
-    if (call.dbias != nullptr && tiling.bias_splits > 1) {
+  }
+  if (call.dbias != nullptr) {
+    BackwardPlan plan =
+        plan_of(call, p.query_grid, tiling.dbias.query_tile, tiling.dbias.key_tile);
+    add_bias_shares(&plan, tiling.bias_splits, workspace);
+    status = dbias<T, kPrecision>(plan, stream);
+    if (status != cudaSuccess) return status;
+    if (tiling.bias_splits > 1) {
       status = sum_parts<float>(
           {workspace, tiling.bias_splits, plan.tables * p.bias_size(), call.dbias}, stream);
       if (status != cudaSuccess) return status;
@@ -188,6 +239,10 @@ bool dquery_fits(const Problem& p, const Tiling& tiling) {
   const int rows = box_size(tiling.query_tile) > few ? dquery_rows(dim, bytes) : few;
   return fits(tiling.query_tile, rows, tiling.key_tile, dquery_columns(dim, bytes, rows));
 }
+bool dbias_fits(const Problem& p, const Tiling& tiling) {
+  const int rows = dbias_rows(padded_dim(p), element_bytes(p));
+  return fits(tiling.query_tile, rows, tiling.key_tile, rows);
+}
 bool dkey_fits(const Problem& p, const Tiling& tiling) {
   const int dim = padded_dim(p), bytes = element_bytes(p);
   return fits(tiling.key_tile, backward_rows(dim, bytes), tiling.query_tile,
@@ -206,7 +261,8 @@ cudaError_t backward_fused(const BackwardCall& call, const BackwardTiling& tilin
                            bool highest_precision, float* workspace, cudaStream_t stream) {
   const Problem& p = call.problem;
   if (!supported(p) || !dquery_fits(p, tiling.dquery) || !dkey_fits(p, tiling.dkey_dvalue) ||
-      tiling.bias_splits < 1 || tiling.additional_splits < 1) {
+      (call.dbias != nullptr && !dbias_fits(p, tiling.dbias)) || tiling.bias_splits < 1 ||
+      tiling.additional_splits < 1) {
     return cudaErrorInvalidValue;
   }
   switch (p.element_type) {

@@ -1,7 +1,9 @@
+#include "dbias.cuh"
 #include "dkey_dvalue.cuh"
 #include "dquery.cuh"
 
 namespace jax_na::cuda::fused {
+template cudaError_t launch_dbias<__half, 256, Precision::kDefault>(const BackwardPlan&, cudaStream_t);
 template cudaError_t launch_dquery<__half, 256, Precision::kDefault>(const BackwardPlan&, cudaStream_t);
 template cudaError_t launch_dkey_dvalue<__half, 256, Precision::kDefault>(const BackwardPlan&, Side,
                                                                      cudaStream_t);

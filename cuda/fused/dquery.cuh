@@ -1,15 +1,15 @@
-// Gradients of the queries and of the bias: a CTA owns a tile of queries of one head and
-// visits the keys that they see, as in the forward pass.
+// Gradient of the queries: a CTA owns a tile of queries of one head and visits the keys that
+// they see, as in the forward pass.
 //
 //   P = exp(scale Q K^T + bias - lse),  dS = P (dO V^T - delta),  dQ = scale dS K
 #pragma once
 
 #include "bias.cuh"
-#include "bias_gradient.cuh"
 #include "gemm.cuh"
 #include "geometry.cuh"
 #include "launch.cuh"
 #include "plans.cuh"
+#include "row_statistics.cuh"
 #include "softmax.cuh"
 #include "staging.cuh"
 #include "stream.cuh"
@@ -48,37 +48,8 @@ struct DQueryShape {
   };
   struct SharedWithBias : Shared {
     BiasTables<kRows> bias;
-    BiasGradientTile<kRows, kColumns> dscore;
-    float bias_table[1];  // as long as shared_bias_bytes says; the gradient follows
+    float bias_table[1];  // as long as shared_bias_bytes says
   };
-};
-
-// What a lane needs of its rows.
-template <int kMTiles>
-struct RowStatistics {
-  float lse[kMTiles][2];  // in log2 units; +inf, so that weights are 0, where it is -inf
-  float delta[kMTiles][2];
-
-  // `first_row` is that of token 0, in rows of `heads`.
-  __device__ __forceinline__ void load(const void* lse_array, const void* delta_array,
-                                       int64_t first_row, int32_t heads, const int32_t* tokens,
-                                       int warp_row) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 16 * m + 8 * half + threadIdx.x % kWarpLanes / 4;
-        lse[m][half] = kInfinity;
-        delta[m][half] = 0;
-        if (tokens[row] < 0) continue;
-        const int64_t at = first_row + int64_t{tokens[row]} * heads;
-        const float natural = static_cast<const float*>(lse_array)[at];
-        if (natural == -kInfinity) continue;
-        lse[m][half] = natural * kLog2E;
-        delta[m][half] = static_cast<const float*>(delta_array)[at];
-      }
-    }
-  }
 };
 
 template <class S, bool kHasBias>
@@ -103,148 +74,122 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
                     sizeof(shared.value),
                 kThreads>(shared.query);
   }
-  // With a bias gradient a CTA owns a share of the tiles of one table, so that it can add up
-  // what they have in common; else one tile.
-  TileSequence tiles(plan, kHasBias);
-  BiasGradient gradient;
+  const TilePlace place(blockIdx.x, plan.rows, p.window, plan.group, plan.key_heads);
+  if (!place.exists(p.query_grid)) return;
+  const int64_t first_query = place.batch * p.query_tokens();
+
+  // ---- Tables and rows ---------------------------------------------------------------
+  fill_tables<kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
+                                            place.batch, place.first);
+  const float* bias = nullptr;
   if constexpr (kHasBias) {
-    gradient.start<kThreads>(plan, tiles, shared.bias_table + shared_bias_bytes(p) / 4);
+    fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);
+    bias = bring_bias<kThreads>(p, in.bias, place.batch, place.head, shared.bias_table);
   }
+  __syncthreads();
+  copy_rows<Layout, S::kRows, kThreads>(
+      ptx::shared_address(shared.query),
+      row_source(in.query, first_query, place.head, p.heads, p.head_dim, sizeof(T)),
+      shared.tables.row_token);
+  copy_rows<Layout, S::kRows, kThreads>(
+      ptx::shared_address(shared.dout),
+      row_source(plan.call.dout, first_query, place.head, p.heads, p.value_dim, sizeof(T)),
+      shared.tables.row_token);
+  Walk walk;
+  walk.start<kQueries>(shared.tables, p, plan.rows, p.additional, kColumns);
+  RowView view;
+  view.start(shared.tables, plan.rows, warp_row + threadIdx.x % S::kWarpRows);
+  RowStatistics<kMTiles> statistics;
+  statistics.load(plan.call.lse, plan.call.delta, first_query * p.heads + place.head, p.heads,
+                  shared.tables.row_token, warp_row);
 
-  for (; tiles.more(); tiles.advance()) {
-    const TilePlace place(tiles.index(kHasBias), plan.rows, p.window, plan.group, plan.key_heads);
-    if (!place.exists(p.query_grid)) continue;
-    const int64_t first_query = place.batch * p.query_tokens();
-
-    // ---- Tables and rows ---------------------------------------------------------------
-    __syncthreads();  // all warps are done with the tile before
-    fill_tables<kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
-                                              place.batch, place.first);
-    const float* bias = nullptr;
-    if constexpr (kHasBias) {
-      fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);
-      bias = bring_bias<kThreads>(p, in.bias, place.batch, place.head, shared.bias_table);
-    }
-    __syncthreads();
-    copy_rows<Layout, S::kRows, kThreads>(
-        ptx::shared_address(shared.query),
-        row_source(in.query, first_query, place.head, p.heads, p.head_dim, sizeof(T)),
-        shared.tables.row_token);
-    copy_rows<Layout, S::kRows, kThreads>(
-        ptx::shared_address(shared.dout),
-        row_source(plan.call.dout, first_query, place.head, p.heads, p.value_dim, sizeof(T)),
-        shared.tables.row_token);
-    Walk walk;
-    walk.start<kQueries>(shared.tables, p, plan.rows, p.additional, kColumns);
-    RowView view;
-    view.start(shared.tables, plan.rows, warp_row + threadIdx.x % S::kWarpRows);
-    RowStatistics<kMTiles> statistics;
-    statistics.load(plan.call.lse, plan.call.delta, first_query * p.heads + place.head, p.heads,
-                    shared.tables.row_token, warp_row);
-
-    // ---- Walk over the keys ------------------------------------------------------------
-    KeyStream<Layout, kColumns, kThreads, sizeof(T)> stream(p, in, place, shared.tables);
-    stream.follow(walk, p, in, place, shared.tables);
-    if (kStages == 2 && walk.more()) stream.copy_both(shared.key[0], shared.value[0], walk);
-    ptx::copy_async_commit();
-    RowOperand<Layout, kMTiles, S::kRowsHeld> query(ptx::shared_address(shared.query), warp_row);
-    RowOperand<Layout, kMTiles, S::kRowsHeld> dout(ptx::shared_address(shared.dout), warp_row);
-    if constexpr (S::kRowsHeld) {
-      ptx::copy_async_wait<0>();
-      __syncthreads();
-      query.hold();
-      dout.hold();
-    }
-    Accumulator sums[kMTiles][S::kDim / 8];
-    clear(sums);
-
-    for (int current = 0; walk.more(); current = (current + 1) % kStages) {
-      // All that does not touch the blocks is done before the barrier, where warps wait anyway.
-      Walk next = walk;
-      next.advance(plan.columns.order.extent);
-      const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
-      if constexpr (kStages == 1) {
-        __syncthreads();
-        stream.follow(walk, p, in, place, shared.tables);
-        stream.copy_both(shared.key[0], shared.value[0], walk);
-        ptx::copy_async_commit();
-      } else {
-        stream.follow(next, p, in, place, shared.tables);
-      }
-      const auto copy = stream.copy_of_both(shared.key[kStages - 1 - current],
-                                            shared.value[kStages - 1 - current], next);
-      // The box at hand has arrived, and all warps are done with what the copies overwrite.
-      ptx::copy_async_wait<0>();
-      __syncthreads();
-      if constexpr (kStages == 2 && !S::kSpread) copy.start_all();
-      const uint32_t key_block = ptx::shared_address(shared.key[current]);
-      const uint32_t value_block = ptx::shared_address(shared.value[current]);
-
-      const bool with_bias = kHasBias && !walk.in_list;
-      if (__any_sync(kFullWarp, columns != 0)) {
-        Accumulator scores[kMTiles][kColumns / 8], dscores[kMTiles][kColumns / 8];
-        clear(scores);
-        multiply_rows<T, kPrecision>(scores, query, key_block, [&](int step) {
-          if constexpr (S::kSpread) copy.start_after(step);
-        });
-        if constexpr (kHasBias) {
-          if (with_bias) {
-            add_bias<Sides<kQueries>::kSign>(scores, scale, LaneMask<kMTiles>(columns), bias,
-                                             shared.bias, p, walk, warp_row);
-          } else {
-            for_each_element(scores, [&](float& score, auto...) { score *= scale; });
-          }
-        }
-        for_each_element(scores, [&](float& score, int m, int half, int, int) {
-          score = score * log2_scale - statistics.lse[m][half];
-        });
-        if (!with_bias && !__all_sync(kFullWarp, all_columns<kColumns>(columns))) {
-          const LaneMask<kMTiles> mask(columns);
-          for_each_element(scores, [&](float& score, int m, int half, int n, int i) {
-            if (!mask.test(m, half, n, i)) score = -kInfinity;
-          });
-        }
-        // From here on without a branch, so that products hide the rest of the arithmetic.
-        clear(dscores);
-        multiply_rows<T, kPrecision>(dscores, dout, value_block);
-        for_each_element(scores, [&](float& score, auto...) { score = ptx::exp2(score); });
-        for_each_element(scores, [&](float& weight, int m, int half, int n, int i) {
-          weight *= dscores[m][n][2 * half + i] - statistics.delta[m][half];
-        });
-        multiply_columns<T, kPrecision, Layout>(sums, scores, key_block);
-        if constexpr (kHasBias) {
-          if (with_bias && gradient.wanted()) shared.dscore.put(warp_row, scores);
-        }
-      } else {
-        if constexpr (S::kSpread) copy.start_all();
-        if constexpr (kHasBias) {
-          if (gradient.wanted()) shared.dscore.template put_zeros<kMTiles>(warp_row);
-        }
-      }
-      if constexpr (kHasBias) {
-        if (with_bias && gradient.wanted()) {
-          __syncthreads();
-          gradient.add<kThreads>(shared.dscore, plan, walk);
-        }
-      }
-      ptx::copy_async_commit();
-      walk = next;
-    }
+  // ---- Walk over the keys ------------------------------------------------------------
+  KeyStream<Layout, kColumns, kThreads, sizeof(T)> stream(p, in, place, shared.tables);
+  stream.follow(walk, p, in, place, shared.tables);
+  if (kStages == 2 && walk.more()) stream.copy_both(shared.key[0], shared.value[0], walk);
+  ptx::copy_async_commit();
+  RowOperand<Layout, kMTiles, S::kRowsHeld> query(ptx::shared_address(shared.query), warp_row);
+  RowOperand<Layout, kMTiles, S::kRowsHeld> dout(ptx::shared_address(shared.dout), warp_row);
+  if constexpr (S::kRowsHeld) {
     ptx::copy_async_wait<0>();
-
-    // ---- Output ------------------------------------------------------------------------
-    if (plan.call.dquery != nullptr) {
-      float factor[kMTiles][2];
-#pragma unroll
-      for (int m = 0; m < kMTiles; ++m) factor[m][0] = factor[m][1] = scale;
-      __syncwarp();
-      put_rows<T, Layout>(shared.query, warp_row, sums, factor);
-      store_rows<Layout, S::kWarpRows>(
-          shared.query, warp_row, shared.tables.row_token,
-          row_source(plan.call.dquery, first_query, place.head, p.heads, p.head_dim, sizeof(T)));
-    }
+    __syncthreads();
+    query.hold();
+    dout.hold();
   }
-  if constexpr (kHasBias) gradient.finish<kThreads>();
+  Accumulator sums[kMTiles][S::kDim / 8];
+  clear(sums);
+
+  for (int current = 0; walk.more(); current = (current + 1) % kStages) {
+    // All that does not touch the blocks is done before the barrier, where warps wait anyway.
+    Walk next = walk;
+    next.advance(plan.columns.order.extent);
+    const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
+    if constexpr (kStages == 1) {
+      __syncthreads();
+      stream.follow(walk, p, in, place, shared.tables);
+      stream.copy_both(shared.key[0], shared.value[0], walk);
+      ptx::copy_async_commit();
+    } else {
+      stream.follow(next, p, in, place, shared.tables);
+    }
+    const auto copy = stream.copy_of_both(shared.key[kStages - 1 - current],
+                                          shared.value[kStages - 1 - current], next);
+    // The box at hand has arrived, and all warps are done with what the copies overwrite.
+    ptx::copy_async_wait<0>();
+    __syncthreads();
+    if constexpr (kStages == 2 && !S::kSpread) copy.start_all();
+    const uint32_t key_block = ptx::shared_address(shared.key[current]);
+    const uint32_t value_block = ptx::shared_address(shared.value[current]);
+
+    const bool with_bias = kHasBias && !walk.in_list;
+    if (__any_sync(kFullWarp, columns != 0)) {
+      Accumulator scores[kMTiles][kColumns / 8], dscores[kMTiles][kColumns / 8];
+      clear(scores);
+      multiply_rows<T, kPrecision>(scores, query, key_block, [&](int step) {
+        if constexpr (S::kSpread) copy.start_after(step);
+      });
+      if constexpr (kHasBias) {
+        if (with_bias) {
+          add_bias<Sides<kQueries>::kSign>(scores, scale, LaneMask<kMTiles>(columns), bias,
+                                           shared.bias, p, walk, warp_row);
+        } else {
+          for_each_element(scores, [&](float& score, auto...) { score *= scale; });
+        }
+      }
+      for_each_element(scores, [&](float& score, int m, int half, int, int) {
+        score = score * log2_scale - statistics.lse[m][half];
+      });
+      if (!with_bias && !__all_sync(kFullWarp, all_columns<kColumns>(columns))) {
+        const LaneMask<kMTiles> mask(columns);
+        for_each_element(scores, [&](float& score, int m, int half, int n, int i) {
+          if (!mask.test(m, half, n, i)) score = -kInfinity;
+        });
+      }
+      // From here on without a branch, so that products hide the rest of the arithmetic.
+      clear(dscores);
+      multiply_rows<T, kPrecision>(dscores, dout, value_block);
+      for_each_element(scores, [&](float& score, auto...) { score = ptx::exp2(score); });
+      for_each_element(scores, [&](float& weight, int m, int half, int n, int i) {
+        weight *= dscores[m][n][2 * half + i] - statistics.delta[m][half];
+      });
+      multiply_columns<T, kPrecision, Layout>(sums, scores, key_block);
+    } else if constexpr (S::kSpread) {
+      copy.start_all();
+    }
+    ptx::copy_async_commit();
+    walk = next;
+  }
+  ptx::copy_async_wait<0>();
+
+  // ---- Output ------------------------------------------------------------------------
+  float factor[kMTiles][2];
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) factor[m][0] = factor[m][1] = scale;
+  __syncwarp();
+  put_rows<T, Layout>(shared.query, warp_row, sums, factor);
+  store_rows<Layout, S::kWarpRows>(
+      shared.query, warp_row, shared.tables.row_token,
+      row_source(plan.call.dquery, first_query, place.head, p.heads, p.head_dim, sizeof(T)));
 }
 
 template <class S>
@@ -255,10 +200,8 @@ cudaError_t launch_dquery_shape(const BackwardPlan& plan, cudaStream_t stream) {
     return launch(&dquery_kernel<S, false>, tiles, S::kThreads, sizeof(typename S::Shared), plan,
                   stream);
   }
-  const int64_t shares = plan.tables * plan.bias_splits;
-  return launch(&dquery_kernel<S, true>, plan.call.dbias == nullptr ? tiles : shares,
-                S::kThreads, sizeof(typename S::SharedWithBias) + 2 * shared_bias_bytes(p), plan,
-                stream);
+  return launch(&dquery_kernel<S, true>, tiles, S::kThreads,
+                sizeof(typename S::SharedWithBias) + shared_bias_bytes(p), plan, stream);
 }
 
 template <typename T, int kDim, Precision kPrecision>

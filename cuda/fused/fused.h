@@ -18,9 +18,10 @@ struct Tiling {
 };
 
 struct BackwardTiling {
-  Tiling dquery;             // CTAs own queries; also of dbias
-  Tiling dkey_dvalue;        // CTAs own keys; its query tile is also used for additional keys
-  int32_t bias_splits;       // CTAs that share the tiles which read one table
+  Tiling dquery;              // CTAs own queries
+  Tiling dbias;               // CTAs own pairs of both
+  Tiling dkey_dvalue;         // CTAs own keys; its query tile is also used for additional keys
+  int32_t bias_splits;        // CTAs that share what reads one table
   int32_t additional_splits;  // CTAs that share the queries of 64 additional keys
 };
 

@@ -28,11 +28,12 @@ struct BackwardPlan {
   ColumnBox columns;
   Divisor group, key_heads, one;
 
-  // dbias: `bias_splits` CTAs share the tiles that read one table, and put what they find in
+  // dbias: `bias_splits` CTAs share the visits of one table, and put what they find in
   // [bias_splits, tables, bias_size].
   int32_t bias_splits;
   int64_t tables;
   float* bias_partials;
+  BoxOrder boxes;      // of a tile, the most that one has on every axis
   BoxOrder distances;  // of a column in its box from a row in its tile, counted from the least
 
   // Additional keys: `column_splits` CTAs share the queries of one tile and put what they
@@ -47,6 +48,9 @@ cudaError_t launch_forward(const ForwardPlan& plan, cudaStream_t stream);
 
 template <typename T, int kDim, Precision kPrecision>
 cudaError_t launch_dquery(const BackwardPlan& plan, cudaStream_t stream);
+
+template <typename T, int kDim, Precision kPrecision>
+cudaError_t launch_dbias(const BackwardPlan& plan, cudaStream_t stream);
 
 template <typename T, int kDim, Precision kPrecision>
 cudaError_t launch_dkey_dvalue(const BackwardPlan& plan, Side rows, cudaStream_t stream);

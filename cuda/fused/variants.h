@@ -48,6 +48,11 @@ constexpr int dquery_columns(int padded_dim, int element_bytes, int rows) {
                                                          : columns_of(padded_dim, element_bytes);
 }
 
+// Rows and columns of the kernels for the bias's gradient, which keep all of a visit's tokens.
+constexpr int dbias_rows(int padded_dim, int element_bytes) {
+  return padded_dim * element_bytes <= 256 ? 64 : 32;
+}
+
 inline int64_t box_size(const int32_t (&box)[kMaxRank]) {
   for (const int32_t extent : box) {
     if (extent < 1) return 0;

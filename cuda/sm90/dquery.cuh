@@ -57,7 +57,7 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
   const float scale = static_cast<float>(p.scale);
-  const float log2_scale = S::kHasBias ? kLog2E : scale * kLog2E;
+  const float log2_scale = S::kAddsBias ? kLog2E : scale * kLog2E;
 
   Consumer<S> own(shared.pipeline[index / S::kGroups], index);
   const int group = own.group;
@@ -124,6 +124,16 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
       float weights[kColumns / 2], dscores[kColumns / 2];
       [[maybe_unused]] MaskRows masks;
       if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, i < grid_boxes);
+      const auto bias = [&] {
+        return BiasView<Sides<kRowsAre>::kSign>(plan.streams.bias, 0, view, table.lo, walk);
+      };
+      if constexpr (S::kBeginsWithBias) {
+        if (i < grid_boxes) {
+          bias().begin(weights, own.pipeline.bias[stage], shared.bias);
+        } else {
+          clear(weights);
+        }
+      }
       own.wait(at);
       if (p.frame != nullptr && i < grid_boxes) {  // what lies beyond the frame is no number
         clear_overhang<Columns>(own.block(at), walk, box);
@@ -155,19 +165,16 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
         const int32_t left = min(p.additional - (i - grid_boxes) * box.size, box.size);
         masked = left < kColumns;
         if (masked) mask = LaneMask<kColumns>::leading(left);
-        if constexpr (S::kHasBias) {
+        if constexpr (S::kAddsBias) {
 #pragma unroll
           for (int e = 0; e < kColumns / 2; ++e) weights[e] *= scale;
         }
       } else {
         masked = !S::kMaskProduct &&
-                 (S::kHasBias || box.size < kColumns || !view.all_see(walk, cut));
+                 (S::kAddsBias || box.size < kColumns || !view.all_see(walk, cut));
         if (masked) mask = view.mask(shared.sets, walk, cut);
-        if constexpr (S::kHasBias) {
-          const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
-                                            table.lo[2] + walk.at[2]};
-          add_bias(weights, scale, mask, own.pipeline.bias[stage], shared.bias, p, view,
-                   box_at);
+        if constexpr (S::kAddsBias) {
+          bias().add(weights, scale, mask, own.pipeline.bias[stage], shared.bias);
         }
         walk.advance(box);
       }

@@ -123,7 +123,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
   const float scale = static_cast<float>(p.scale);
-  const bool prescaled = S::kHasBias || (!S::kMaskProduct && !(scale > 0));
+  const bool prescaled = S::kAddsBias || (!S::kMaskProduct && !(scale > 0));
   const float log2_scale = prescaled ? kLog2E : scale * kLog2E;
   // What is masked by a product stays below the reference, whatever else a row sees.
   const float lowest = S::kMaskProduct ? kMaskedScore / 2 * log2_scale : OnlineSoftmax::kLowest;
@@ -186,9 +186,11 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     int32_t tokens[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      tokens[h] = kNoToken;
+      if (lane % 4 != 0) continue;  // one lane has the row's
       int32_t& token = table.token[group][own_row + 8 * h];
       tokens[h] = token;
-      if (lane % 4 == 0 && tokens[h] >= 0 && due_softmax.total[h] == 0) token = ~tokens[h];
+      if (tokens[h] >= 0 && due_softmax.total[h] == 0) token = ~tokens[h];
     }
     __syncwarp();
     RowCopy<Rows> rows;
@@ -199,7 +201,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     float* lse_of_tile = static_cast<float*>(plan.call.lse) + first_row;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (lane % 4 != 0 || tokens[h] == kNoToken) continue;
+      if (tokens[h] == kNoToken) continue;
       const auto at = static_cast<uint32_t>(max(tokens[h], ~tokens[h]));
       lse_of_tile[uint64_t{at} * static_cast<uint32_t>(p.heads)] =
           tokens[h] < 0 ? -kInfinity : lse[h];
@@ -246,6 +248,16 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       const uint32_t keys = own.base + 2 * i;
       [[maybe_unused]] MaskRows masks;
       if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, i < grid_boxes);
+      const auto bias = [&] {
+        return BiasView<Sides<kRowsAre>::kSign>(plan.streams.bias, 0, view, table.lo, walk);
+      };
+      if constexpr (S::kBeginsWithBias) {
+        if (i < grid_boxes) {
+          bias().begin(scores, own.pipeline.bias[stage], shared.bias);
+        } else {
+          clear(scores);
+        }
+      }
       own.wait(keys);
       turns.wait();
       pin(scores);
@@ -265,18 +277,16 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       own.release(keys);
 
       // ---- Softmax ----
-      if (prescaled && !(S::kHasBias && i < grid_boxes)) {
+      if (prescaled && !(S::kAddsBias && i < grid_boxes)) {
 #pragma unroll
         for (int e = 0; e < kColumns / 2; ++e) scores[e] *= scale;
       }
       if (i >= grid_boxes) {
         const int32_t left = min(p.additional - (i - grid_boxes) * box.size, box.size);
         if (left < kColumns) hide<kColumns>(scores, LaneMask<kColumns>::leading(left));
-      } else if constexpr (S::kHasBias) {
-        const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
-                                          table.lo[2] + walk.at[2]};
-        add_bias(scores, scale, view.mask(shared.sets, walk, cut), own.pipeline.bias[stage],
-                 shared.bias, p, view, box_at);
+      } else if constexpr (S::kAddsBias) {
+        bias().add(scores, scale, view.mask(shared.sets, walk, cut), own.pipeline.bias[stage],
+                   shared.bias);
       } else if constexpr (!S::kMaskProduct) {
         if (box.size < kColumns || !view.all_see(walk, cut)) {
           hide<kColumns>(scores, view.mask(shared.sets, walk, cut));

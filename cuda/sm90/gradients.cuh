@@ -148,7 +148,7 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
   const Cut& cut = plan.streams.cut;
   const BoxOrder& box = cut.columns;
   const float scale = static_cast<float>(p.scale);
-  const float log2_scale = S::kHasBias ? kLog2E : scale * kLog2E;
+  const float log2_scale = S::kAddsBias ? kLog2E : scale * kLog2E;
   const int lane = threadIdx.x % kWarpLanes;
   const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
 
@@ -207,6 +207,12 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       turn ^= 1;
       [[maybe_unused]] MaskRows masks;
       if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, true);
+      const auto bias = [&] {
+        return BiasView<Sides<kRowsAre>::kSign>(plan.streams.bias, member, view, table.lo, walk);
+      };
+      if constexpr (S::kBeginsWithBias) {
+        bias().begin(weights, own.pipeline.bias[stage], shared.bias);
+      }
       own.wait(at);
       if (!S::kMaskProduct && p.frame != nullptr) {  // what lies beyond the frame is no number
         clear_overhang<Columns>(own.block(at), walk, box);
@@ -231,17 +237,14 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
 
       // ---- Weights ----
       const bool masked = !S::kMaskProduct &&
-                          (S::kHasBias || box.size < kColumns || !view.all_see(walk, cut));
+                          (S::kAddsBias || box.size < kColumns || !view.all_see(walk, cut));
       LaneMask<kColumns> mask;
       if (masked) mask = view.mask(shared.sets, walk, cut);
       products_wait<1>();
       pin(weights);
       if constexpr (S::kMaskProduct) pin(masks.operand);
-      if constexpr (S::kHasBias) {
-        const int32_t box_at[kMaxRank] = {table.lo[0] + walk.at[0], table.lo[1] + walk.at[1],
-                                          table.lo[2] + walk.at[2]};
-        add_bias(weights, scale, mask, own.pipeline.bias[stage] + member * p.bias_size(),
-                 shared.bias, p, view, box_at);
+      if constexpr (S::kAddsBias) {
+        bias().add(weights, scale, mask, own.pipeline.bias[stage], shared.bias);
       }
       const auto& statistics = shared.statistics[pipeline].slot[own.pipeline.ring.slot(at)];
       const auto* delta = reinterpret_cast<const float2*>(statistics.delta) + lane % 4;

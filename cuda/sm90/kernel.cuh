@@ -17,7 +17,6 @@
 #include <iterator>
 #include <utility>
 
-#include "bias.cuh"
 #include "launch.cuh"
 #include "mask_product.cuh"
 #include "pipeline.cuh"
@@ -43,7 +42,8 @@ struct Shared {
   typename Pass::template Constants<S> constants;
 };
 
-// d = rows(a) rows(b)^T over the channels, masked if the kernel masks by products.
+// d = rows(a) rows(b)^T over the channels, masked if the kernel masks by products; d begins with
+// the bias then, where there is one.
 template <class S>
 __device__ __forceinline__ void multiply_and_mask(float (&d)[S::kColumns / 2], uint32_t a,
                                                   uint32_t b, MaskRows& masks,
@@ -54,7 +54,7 @@ __device__ __forceinline__ void multiply_and_mask(float (&d)[S::kColumns / 2], u
   if constexpr (S::kMaskProduct) {
     pin(masks.operand);
     products_begin();
-    masks.begin_scores<S::kColumns>(d, constants);
+    masks.template mask_scores<S::kHasBias, S::kColumns>(d, constants);
   } else {
     products_begin();
   }
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   if constexpr (!S::kMaskProduct) {
     shared.sets.fill(streams.cut.columns, S::kThreads / kWarpLanes);
   }
-  if constexpr (S::kHasBias) shared.bias.fill(p, streams.cut.columns, S::kThreads);
+  if constexpr (S::kHasBias) shared.bias.fill(streams.bias, streams.cut.columns, S::kThreads);
   __syncthreads();
   divide_labour<S>(
       [&](int warp) {
@@ -136,23 +136,35 @@ cudaError_t with_variant(const HopperTiling& tiling, const Launch& launch) {
 template <class Pass, typename T, int kDim>
 cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& tiling,
                         cudaStream_t stream) {
+  constexpr bool kRowsAreKeys = Pass::kRowsAre == Side::kKeys;
+  const Problem& problem = plan.call.problem;
+  const Cut& cut = plan.streams.cut;
   return with_variant<typename Pass::template Variants<kDim>>(tiling, [&](auto variant) {
     const auto launch = [&](auto has_bias, auto mask_product) {
       using S = Shape<T, kDim, Pass, decltype(variant), decltype(has_bias)::value,
                       decltype(mask_product)::value>;
       static_assert(sizeof(Shared<Pass, S>) <= kSharedMemory);
       static_assert(S::kSlots >= Pass::kLeastSlots);
+      auto own = plan;
+      if constexpr (S::kHasBias) {
+        own.streams.bias = BiasLayout(problem, cut, kRowsAreKeys, S::kBeginsWithBias);
+      }
       const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;
       return launch_persistent(&pass_kernel<Pass, S>, ctas, S::kThreads,
-                               sizeof(Shared<Pass, S>), plan, stream);
+                               sizeof(Shared<Pass, S>), own, stream);
     };
-    if (plan.call.in.bias != nullptr) return launch(std::true_type{}, std::false_type{});
+    const bool has_bias = plan.call.in.bias != nullptr;
     if constexpr (Pass::template kMaskProduct<kDim>) {
-      if (can_mask_by_product(plan.call.problem, plan.streams.cut, decltype(variant)::kColumns)) {
-        return launch(std::false_type{}, std::true_type{});
+      if (can_mask_by_product(problem, cut, decltype(variant)::kColumns)) {
+        if (!has_bias) return launch(std::false_type{}, std::true_type{});
+        const int32_t tables = kRowsAreKeys ? plan.streams.members : 1;
+        if (can_begin_with_bias(problem, cut, kRowsAreKeys, tables, kBiasEntries<kDim>)) {
+          return launch(std::true_type{}, std::true_type{});
+        }
       }
     }
-    return launch(std::false_type{}, std::false_type{});
+    return has_bias ? launch(std::true_type{}, std::false_type{})
+                    : launch(std::false_type{}, std::false_type{});
   });
 }
 

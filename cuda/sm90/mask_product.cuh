@@ -135,13 +135,14 @@ struct MaskRows {
     }
   }
 
-  // Begins scores of the box; the products of its keys are to be added.
-  template <int kColumns>
-  __device__ __forceinline__ void begin_scores(float (&scores)[kColumns / 2],
-                                               const MaskColumns<kColumns>& columns) const {
+  // Begins scores of the box, or masks what they begin with; the products of its keys are to be
+  // added.
+  template <bool kBegun, int kColumns>
+  __device__ __forceinline__ void mask_scores(float (&scores)[kColumns / 2],
+                                              const MaskColumns<kColumns>& columns) const {
     using Rows = typename MaskColumns<kColumns>::Rows;
-    Product<kColumns>::begin_bytes(scores, operand,
-                                   Rows::by_channels(ptx::shared_address(columns.rows)));
+    Product<kColumns>::template add_bytes<kBegun>(
+        scores, operand, Rows::by_channels(ptx::shared_address(columns.rows)));
   }
 };
 

@@ -8,6 +8,9 @@
 // gradients, in two slots of the ring.
 #pragma once
 
+#include <type_traits>
+
+#include "bias.cuh"
 #include "blocks.cuh"
 #include "plans.cuh"
 #include "ring.cuh"
@@ -19,7 +22,9 @@ namespace jax_na::cuda::sm90 {
 
 constexpr int kSharedMemory = 227 * 1024;
 
-// kMaskProduct: see mask_product.cuh; never with a bias.
+struct NoBias {};
+
+// kMaskProduct: see mask_product.cuh.
 template <typename T_, int kDim_, class Pass, class Variant, bool kHasBias_, bool kMaskProduct_>
 struct Shape {
   using T = T_;
@@ -29,6 +34,8 @@ struct Shape {
   static constexpr int kGroups = Variant::kGroups;  // consumer warpgroups of a pipeline
   static constexpr int kPipelines = Variant::kPipelines;
   static constexpr bool kHasBias = kHasBias_, kMaskProduct = kMaskProduct_;
+  static constexpr bool kBeginsWithBias = kHasBias && kMaskProduct;  // see bias.cuh
+  static constexpr bool kAddsBias = kHasBias && !kMaskProduct;
   static constexpr int kConsumers = kGroups * kPipelines;
   static_assert(kConsumers >= 2 && kConsumers <= 4);
 
@@ -44,15 +51,17 @@ struct Shape {
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
   // Tiles of which rows are there at once, and tables.
-  static constexpr int kRowTiles = Pass::template kRowTiles<kDim>;
+  static constexpr int kMostRowTiles = Pass::template kRowTiles<kDim>;
+  static constexpr int kRowTiles = kBeginsWithBias && kMostRowTiles > 2 ? 2 : kMostRowTiles;
   static constexpr int kTiles = kRowTiles > 2 ? kRowTiles : 2;
   static_assert(kRowTiles == 1 || kRowTiles == kTiles);
   static constexpr int kExchange = Pass::template kExchange<kDim, kColumns, kGroups>;
   static constexpr int kFixed =
       kRowTiles * kGroups * kRowArrays * Rows::kAllBytes + kExchange;
-  static constexpr int kBias = kHasBias ? kLargestBias : 1;  // entries
+  static constexpr int kBias = kBeginsWithBias ? kBiasEntries<kDim> : kLargestBias;
+  using Bias = std::conditional_t<kHasBias, BiasTables<kBias, kBeginsWithBias>, NoBias>;
   // Of a pipeline, and all else, at most: barriers, sets of columns, constants, alignment.
-  static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + kBias * 4);
+  static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + sizeof(Bias));
   static constexpr int kElse =
       1536 + (24 * kColumns + 1536 + Pass::template kConstants<kDim, kColumns>) / kPipelines;
   static constexpr int kFit =
@@ -69,7 +78,7 @@ struct Shape {
     uint64_t table_full[kTiles];                     // for a warp that brings columns
     uint64_t tile_full[kTiles], tile_empty[kTiles];  // rows and table
     TileTable<kGroups> table[kTiles];
-    float bias[kTiles][kBias];  // of the heads of a tile
+    Bias bias[kTiles];  // of the heads of a tile
   };
 };
 
@@ -95,9 +104,8 @@ __device__ __forceinline__ Visits bring_rows(const Streams& streams, const Probl
     const int32_t size = static_cast<int32_t>(p.bias_size());
     const float* from = static_cast<const float*>(bias) + place.batch * p.bias_batch_stride +
                         place.head * heads * size;
-    for (int i = threadIdx.x % kWarpLanes; i < heads * size; i += kWarpLanes) {
-      pipeline.bias[stage][i] = from[i];
-    }
+    const float factor = S::kBeginsWithBias ? 1 / static_cast<float>(p.scale) : 1;
+    pipeline.bias[stage].bring(from, heads * size, factor, streams.bias);
   }
   __syncwarp();
   if (threadIdx.x % kWarpLanes != 0) return visits;
@@ -282,6 +290,7 @@ struct Consumer {
   }
   __device__ __forceinline__ void wait(uint32_t position) { pipeline.ring.wait(position); }
   __device__ __forceinline__ void release(uint32_t position) {
+    __syncwarp();  // all lanes have read what came beside the block
     if (elected()) pipeline.ring.release(position);
   }
   // The two blocks of a box that the warpgroup does not see.
@@ -328,6 +337,9 @@ __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipel
   for (auto& pipeline : pipelines) {
     clear_rest<typename S::Columns, S::kThreads>(pipeline.column[0], S::kSlots,
                                                  cut.columns.size);
+    if constexpr (S::kHasBias) {
+      for (auto& tables : pipeline.bias) tables.clear(S::kThreads);
+    }
     clear_rest<typename S::Rows, S::kThreads>(
         pipeline.row[0][0][0], S::kRowTiles * S::kRowArrays * S::kGroups, cut.rows.size);
   }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "bias.cuh"
 #include "sm90.h"
 #include "tensor_map.h"
 #include "tile.cuh"
@@ -18,6 +19,7 @@ struct Streams {
   Divisor group, key_heads;  // heads of rows per key head; key heads
   int32_t members;           // heads of columns per key head
   int32_t tiles;             // of all heads and samples
+  BiasLayout bias;           // set by the launch of a kernel with a bias
 };
 
 struct ForwardPlan {

@@ -116,6 +116,14 @@ __device__ __forceinline__ void store_shared(uint32_t address, float a, float b,
 }
 
 // ld.shared.v4.b32
+__device__ __forceinline__ float2 load_shared_64(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(address));
+  return value;
+}
+
 __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"

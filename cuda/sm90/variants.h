@@ -14,6 +14,10 @@ struct Variant {
 // queries, one per head of the group for keys.
 constexpr int kLargestBias = 512;
 
+// Entries for tables with which scores begin, among zeros (see bias.cuh).
+template <int kDim>
+constexpr int kBiasEntries = kDim <= 32 ? 1024 : 512;
+
 template <int kDim>
 struct Forward;
 template <>

@@ -186,14 +186,16 @@ struct Product;
                           "r"(int{accumulate}), "n"(int{kBRows}));                            \
       }                                                                                       \
     }                                                                                         \
-    static __device__ __forceinline__ void begin_bytes(float (&d)[N / 2], const uint32_t* a,  \
-                                                       uint64_t b) {                          \
-      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, 0, 0;\n"                             \
+    template <bool kAccumulate>                                                               \
+    static __device__ __forceinline__ void add_bytes(float (&d)[N / 2], const uint32_t* a,    \
+                                                     uint64_t b) {                            \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " O5 ", 0;\n"                        \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e5m2.e5m2"                 \
                    " {" JAX_NA_NAME_##M "}, {" O0 "," O1 "," O2 "," O3 "}, " O4               \
                    ", add, 1, 1;\n}\n"                                                        \
                    : JAX_NA_OUT_##M                                                           \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                      \
+                     "n"(int{kAccumulate}));                                                  \
     }                                                                                         \
   }
 

@@ -156,13 +156,18 @@ def random_problems(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _tilings(
-    which: Pass, channels: int, axes: tuple[Axis, ...], copies: int, most: int
+    which: Pass,
+    channels: int,
+    axes: tuple[Axis, ...],
+    copies: int,
+    has_bias: bool,
+    most: int,
 ) -> list[dict[str, Any]]:
     return [
         _tiling(which, kernel, tiling.row_box, tiling.column_box)
         for kernel in which.kernels[which.padded(channels)]
         for _, tiling in _tiling_sm90.best_tilings(
-            which, kernel, axes, copies, most=most
+            which, kernel, axes, copies, has_bias=has_bias, most=most
         )
     ]
 
@@ -192,7 +197,14 @@ def case_problems(most: int) -> Iterator[dict[str, Any]]:
             "bias": int(case.get("bias", False)),
         }
         forward, *backward = (
-            _tilings(which, case["hd"], axes, case["B"] * heads, most)
+            _tilings(
+                which,
+                case["hd"],
+                axes,
+                case["B"] * heads,
+                case.get("bias", False),
+                most,
+            )
             for which in (FORWARD, DQUERY, DKEY_DVALUE, GRADIENTS)
         )
         for tiling in forward:
