@@ -104,10 +104,12 @@ cudaError_t backward_fused(const BackwardCall& call, const ffi::Dictionary& attr
   }
   BackwardCall rest = call;
   const auto apart = hopper_backward(attributes, p);
+  cudaError_t status = cudaSuccess;
+  if (call.out != nullptr && (at_once || !apart)) status = cuda::make_delta(call, stream);
+  if (status != cudaSuccess) return status;
   if (at_once || apart) {
-    const cudaError_t status =
-        at_once ? cuda::gradients_sm90(call, *at_once, call.workspace, stream)
-                : cuda::backward_sm90(call, *apart, stream);
+    status = at_once ? cuda::gradients_sm90(call, *at_once, call.workspace, stream)
+                     : cuda::backward_sm90(call, *apart, stream);
     if (status != cudaSuccess) return status;
     rest.dquery = rest.dkey = rest.dvalue = nullptr;
     rest.workspace += sums;

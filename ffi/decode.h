@@ -6,15 +6,16 @@
 //
 //   forward    query, key, value, [bias], [additional_key, additional_value], [frame]
 //              -> out, lse
-//   backward   dout, lse, delta, then as forward
+//   backward   dout, lse, delta, then as forward; or, if makes_delta, dout, lse, out, [dlse]
 //              -> the gradients that `wrt` asks for, in the order query, key, value, bias,
-//                 additional_key, additional_value; then, for some kernels, a float32
-//                 workspace of any shape
+//                 additional_key, additional_value; then delta, if makes_delta; then, for some
+//                 kernels, a float32 workspace of any shape
 //
 //   kernel_size, stride, dilation, is_causal (0 or 1)   int64 [rank]
 //   scale                                               float64
 //   has_bias, has_additional, has_frame, heads_leading  bool
 //   wrt (backward)                                      int64 [6] of 0 or 1
+//   makes_delta (backward; false where absent), has_dlse  bool
 //
 // Attributes beyond these are ignored. Memory always has the layout of problem.h. The
 // logical shapes, with B for any number of batch axes, B' for them all full or all 1, N
@@ -22,7 +23,7 @@
 //
 //                     plain                        heads_leading
 //   query, out        [B, *grid, N, channels]      [B, K, G, *grid, channels]
-//   lse, delta        [B, *grid, N]                [B, K, G, *grid]
+//   lse, dlse, delta  [B, *grid, N]                [B, K, G, *grid]
 //   key, value        [B, *key_grid, K, channels]  [B, K, *key_grid, channels]
 //   additional_*      [B, M, K, channels]          [B, K, M, channels]
 //   bias              [B', N, *table]              [B, K, G, *table]
@@ -33,6 +34,7 @@
 #include <cstdint>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -392,12 +394,21 @@ inline bool decode(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
   Arrays<ffi::RemainingRets> results("result", rets);
   const Array dout = operands.next("dout");
   const Array lse = operands.next("lse");
-  const Array delta = operands.next("delta");
+  const bool makes_delta = attributes.contains("makes_delta") &&
+                           attribute<bool>(attributes, "makes_delta");
+  std::optional<Array> out, dlse, delta;
+  if (makes_delta) {
+    out = operands.next("out");
+    if (attribute<bool>(attributes, "has_dlse")) dlse = operands.next("dlse");
+  } else {
+    delta = operands.next("delta");
+  }
   const ProblemDecoder d(&operands, attributes, &call->problem, &call->in);
   operands.expect_end();
   call->dout = dout.expect(d.type(), d.queries({p.value_dim}));
   call->lse = lse.expect(d.accumulation_type(), d.queries({}));
-  call->delta = delta.expect(d.accumulation_type(), d.queries({}));
+  if (out) call->out = out->expect(d.type(), d.queries({p.value_dim}));
+  if (dlse) call->dlse = dlse->expect(d.accumulation_type(), d.queries({}));
 
   const struct {
     const char* name;
@@ -424,6 +435,8 @@ inline bool decode(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
                          .expect(gradient.type, gradient.shape);
   }
   const bool anything = anything_to_write(rets);
+  if (makes_delta) delta = results.next("delta");
+  call->delta = delta->expect(d.accumulation_type(), d.queries({}));
   if (results.more()) {
     const Array workspace = results.next("workspace");
     call->workspace = static_cast<float*>(workspace.expect(ffi::DataType::F32, workspace.shape));

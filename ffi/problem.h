@@ -85,14 +85,17 @@ struct ForwardCall {
   void* lse;
 };
 
-// delta = rowsum(dout * out) - dlse, so that dscore = P * (dout . value - delta).
+// delta = rowsum(dout * out) - dlse, so that dscore = P * (dout . value - delta). It is given, or
+// `out` is and, unless it is zero, `dlse`, and delta is to be made of them.
 // A gradient that nobody asked for is null.
 struct BackwardCall {
   Problem problem;
   Inputs in;
   const void* dout;
   const void* lse;
-  const void* delta;
+  const void* out;   // null where delta is given
+  const void* dlse;  // null for zeros
+  void* delta;
   void* dquery;
   void* dkey;
   void* dvalue;

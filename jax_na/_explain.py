@@ -37,8 +37,8 @@ class Kernels:
             None likewise.
         forward: launches of the forward pass in their order, each with its shared memory.
             What XLA computes between them, softmax for ``'gemm'``, is not among them.
-        backward: the same of all gradients that the call can have; XLA computes
-            ``sum(dout * out)`` before them.
+        backward: the same of all gradients that the call can have; before those of
+            ``'naive'`` and ``'gemm'`` XLA computes ``sum(dout * out)``.
     """
 
     boxes: Mapping[str, _tiling.Tiling | _tiling_sm90.Tiling]

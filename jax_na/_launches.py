@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jax_na import _shared_memory
+from jax_na import _shared_memory, _tiling_sm90
 from jax_na._plan import HopperTilings, Plan
 from jax_na._problem import Operands, Problem
 
@@ -59,9 +59,13 @@ def launches(
 # ---- Fused ---------------------------------------------------------------------------
 
 
+def _channels(operands: Operands) -> int:
+    return max(operands.query.shape[-1], operands.value.shape[-1])
+
+
 def _row_bytes(operands: Operands) -> int:
-    channels = max(operands.query.shape[-1], operands.value.shape[-1])
-    return _shared_memory.row_bytes(channels, operands.query.dtype.itemsize)
+    itemsize = operands.query.dtype.itemsize
+    return _shared_memory.row_bytes(_channels(operands), itemsize)
 
 
 def _bias_entries(problem: Problem, operands: Operands) -> int | None:
@@ -84,7 +88,10 @@ def _fused_backward(
     row_bytes = _row_bytes(operands)
     entries = _bias_entries(problem, operands)
     shape = (plan.dquery.rows, plan.dquery.columns)
-    found = [Launch("dquery", _shared_memory.dquery(row_bytes, shape, entries))]
+    found = [
+        Launch("delta", 0),
+        Launch("dquery", _shared_memory.dquery(row_bytes, shape, entries)),
+    ]
     if plan.dbias is not None:
         shape = (plan.dbias.rows, plan.dbias.columns)
         found.append(Launch("dbias", _shared_memory.dbias(row_bytes, shape, entries)))
@@ -94,7 +101,7 @@ def _fused_backward(
     shape = (plan.dkey.rows, plan.dkey.columns)
     size = _shared_memory.dkey(row_bytes, shape, operands.query.dtype.itemsize)
     # The sums of both do not fit the registers where heads are wide.
-    wide = max(operands.query.shape[-1], operands.value.shape[-1]) > 128
+    wide = _channels(operands) > 128
     found += _key_and_value("d{}", wide, size)
     if operands.additional_key is not None:
         found += _key_and_value("dadditional_{}", wide, size)
@@ -124,15 +131,19 @@ def hopper_launches(
         forward = (Launch("forward", _HOPPER_SHARED),)
     backward = _fused_backward(problem, operands, plan)
     if not isinstance(tilings, str):
-        names = ("dquery", "dkey, dvalue", "dkey", "dvalue")
+        names = ("delta", "dquery", "dkey, dvalue", "dkey", "dvalue")
         rest = (launch for launch in backward if launch.kernel not in names)
         if "gradients" in tilings:
             own = [
+                Launch("delta", 0),
                 Launch("dquery, dkey, dvalue", _HOPPER_SHARED),
                 Launch("sum of dquery", 0),
             ]
         else:
-            own = [Launch(name, _HOPPER_SHARED) for name in names[:2]]
+            own = [Launch(name, _HOPPER_SHARED) for name in ("dquery", "dkey, dvalue")]
+            # Kernels of wide heads make it beside the gradient of the query.
+            if _tiling_sm90.DQUERY.padded(_channels(operands)) < 64:
+                own.insert(0, Launch("delta", 0))
         backward = (*own, *rest)
     return forward, backward
 

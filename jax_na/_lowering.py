@@ -159,11 +159,19 @@ def _backward_native(
     given = unpack(arrays[len(names) :], present)
     operands = _kernel_operands(given, problem, partitionable)
     dout, lse = residuals["dout"], residuals["lse"]
-    accumulation = accumulation_dtype(dout.dtype)
-    products = dout.astype(accumulation) * residuals["out"].astype(accumulation)
-    delta = products.sum(axis=-1)
-    if has_dlse:
-        delta -= residuals["dlse"]
+    # These kernels make delta by the way, where they can.
+    makes_delta = platform == "cuda" and implementation == "fused"
+    if makes_delta:
+        rows = [(Kind.QUERY, residuals["out"])]
+        if has_dlse:
+            rows.append((Kind.ROW, residuals["dlse"]))
+    else:
+        accumulation = accumulation_dtype(dout.dtype)
+        products = dout.astype(accumulation) * residuals["out"].astype(accumulation)
+        delta = products.sum(axis=-1)
+        if has_dlse:
+            delta -= residuals["dlse"]
+        rows = [(Kind.ROW, delta)]
     results = [
         Result(_KINDS[name], array.shape, array.dtype)
         for name in wrt
@@ -174,6 +182,8 @@ def _backward_native(
     workspace = None
     if plan is not None:
         workspace = workspace_shape(plan, problem, operands, wrt, deterministic)
+    if makes_delta:
+        results.append(Result(Kind.ROW, lse.shape, lse.dtype))
     if workspace is not None:
         results.append(Result(Kind.WORKSPACE, workspace, jnp.dtype("float32")))
     gradients = _native.call(
@@ -181,13 +191,15 @@ def _backward_native(
         [
             (Kind.QUERY, dout),
             (Kind.ROW, lse),
-            (Kind.ROW, delta),
+            *rows,
             *((_KINDS[name], getattr(operands, name)) for name in present),
         ],
         results,
         (
             *_attributes(problem, present),
             ("wrt", tuple(int(name in wrt) for name in DIFFERENTIABLE)),
+            ("makes_delta", makes_delta),
+            ("has_dlse", has_dlse),
             ("deterministic", deterministic),
             *(plan.backward_attributes(wrt, deterministic) if plan is not None else ()),
         ),
@@ -197,7 +209,7 @@ def _backward_native(
     )
     return [
         _summed_to(gradient, getattr(given, name).shape)
-        for name, gradient in zip(wrt, gradients)  # a workspace may follow
+        for name, gradient in zip(wrt, gradients)  # delta and a workspace may follow
     ]
 
 

@@ -435,8 +435,8 @@ def _boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _even_boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
-    """The same, of boxes whose last extents are even."""
-    pairs = _boxes(limit // 2, (*longest[:-1], -(-longest[-1] // 2)))
+    """The same, of boxes whose last extents are even, as that of ``longest`` is."""
+    pairs = _boxes(limit // 2, (*longest[:-1], longest[-1] // 2))
     return pairs * ([1] * (len(longest) - 1) + [2])
 
 
@@ -477,7 +477,9 @@ def best_tilings(
     )
     row_boxes = _boxes(ROWS, row_limits)
     if has_bias:  # which scores begin with in pairs of columns
-        column_boxes = _even_boxes(kernel.columns, column_limits)
+        *others, last = column_limits
+        pairs = min(last + 1, spanned[-1]) // 2
+        column_boxes = _even_boxes(kernel.columns, (*others, 2 * pairs))
     else:
         column_boxes = _boxes(kernel.columns, column_limits)
     counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)

@@ -187,7 +187,7 @@ def _launches(
 @pytest.mark.parametrize(("dim", "element"), FUSED_SHARED)
 def test_launches_of_fused(dim: int, element: int) -> None:
     forward, dquery, with_bias, dbias, dkey_dvalue = FUSED_SHARED[dim, element]
-    backward = {"dquery": dquery}
+    backward = {"delta": 0, "dquery": dquery}
     names = ("dkey, dvalue",) if dim <= 128 else ("dkey", "dvalue")
     backward |= dict.fromkeys(names, dkey_dvalue)
     assert _launches(dim, element) == ({"forward": forward}, backward)
@@ -348,7 +348,7 @@ def test_launches_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     force_tier(monkeypatch, "at_once")
     assert launches(64, deterministic=False) == (
         ["forward"],
-        ["dquery, dkey, dvalue", "sum of dquery"],
+        ["delta", "dquery, dkey, dvalue", "sum of dquery"],
     )
     _, backward = launches(
         64,
@@ -358,7 +358,8 @@ def test_launches_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert backward[:3] == [*own, "dbias"]
     assert "dadditional_key, dadditional_value" in backward
-    assert launches(256) == (["forward"], ["dquery", "dkey", "dvalue"])
+    assert launches(256) == (["forward"], ["delta", "dquery", "dkey", "dvalue"])
+    assert launches(32)[1] == ["delta", *own]
 
 
 def test_explain_refuses_what_the_call_refuses() -> None:

@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
 
     for (int current = 0; visits.more(); current = (current + 1) % kStages) {
       const Walk walk = visits.walk;
-      const RowStatistics<1> statistics = next_statistics;
+      RowStatistics<1> statistics = next_statistics;
       int32_t box_at[kMaxRank];
       visits.box_at(box_at);
       visits.advance(plan);
@@ -303,6 +303,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       // The tokens have arrived, and all warps are done with what the copies overwrite.
       ptx::copy_async_wait<0>();
       __syncthreads();
+      statistics.finish();
       if constexpr (kStages == 2) bring(1 - current);
       const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
       if (__any_sync(kFullWarp, columns != 0)) {

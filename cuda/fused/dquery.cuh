@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   }
   Accumulator sums[kMTiles][S::kDim / 8];
   clear(sums);
+  statistics.finish();
 
   for (int current = 0; walk.more(); current = (current + 1) % kStages) {
     // All that does not touch the blocks is done before the barrier, where warps wait anyway.

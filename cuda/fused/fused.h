@@ -32,7 +32,10 @@ struct BackwardTiling {
 cudaError_t forward_fused(const ForwardCall& call, const Tiling& tiling, bool highest_precision,
                           cudaStream_t stream);
 
-// `workspace` holds backward_fused_workspace(call, tiling) floats and may be null for none.
+// Makes delta of `out` and `dlse`, for the element types of the others.
+cudaError_t make_delta(const BackwardCall& call, cudaStream_t stream);
+
+// delta is given. `workspace` holds backward_fused_workspace(call, tiling) floats and may be null for none.
 cudaError_t backward_fused(const BackwardCall& call, const BackwardTiling& tiling,
                            bool highest_precision, float* workspace, cudaStream_t stream);
 

@@ -7,7 +7,7 @@
 
 namespace jax_na::cuda::fused {
 
-// What a lane needs of its rows.
+// What a lane needs of its rows. load() starts to read, and nothing waits before finish().
 template <int kMTiles>
 struct RowStatistics {
   float lse[kMTiles][2];  // in log2 units; +inf, so that weights are 0, where it is -inf
@@ -22,14 +22,24 @@ struct RowStatistics {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + 16 * m + 8 * half + threadIdx.x % kWarpLanes / 4;
-        lse[m][half] = kInfinity;
+        lse[m][half] = -kInfinity;
         delta[m][half] = 0;
         if (tokens[row] < 0) continue;
         const int64_t at = first_row + int64_t{tokens[row]} * heads;
-        const float natural = static_cast<const float*>(lse_array)[at];
-        if (natural == -kInfinity) continue;
-        lse[m][half] = natural * kLog2E;
+        lse[m][half] = static_cast<const float*>(lse_array)[at];
         delta[m][half] = static_cast<const float*>(delta_array)[at];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool empty = lse[m][half] == -kInfinity;
+        lse[m][half] = empty ? kInfinity : lse[m][half] * kLog2E;
+        if (empty) delta[m][half] = 0;
       }
     }
   }

@@ -9,7 +9,8 @@
 namespace jax_na::cuda::fused {
 
 // The tile of one CTA: heads of a group, which read the same keys, are neighbours; then come
-// tiles, which share halos.
+// tiles, which share halos, and then key heads. Or, with `all_heads`, all heads are neighbours, so
+// that a CTA that goes on by a multiple of their number stays with its own.
 struct TilePlace {
   int64_t batch;
   int32_t head, key_head;
@@ -17,11 +18,18 @@ struct TilePlace {
 
   __device__ __forceinline__ TilePlace(int32_t index, const TileGrid& grid,
                                        const AxisWindow* window, const Divisor& group,
-                                       const Divisor& key_heads) {
+                                       const Divisor& key_heads, bool all_heads = false) {
     int32_t member = index;
-    int32_t tile = group.split(&member);
-    key_head = grid.divide_size.split(&tile);
-    batch = key_heads.split(&key_head);
+    int32_t rest = group.split(&member), tile;
+    if (all_heads) {
+      key_head = rest;
+      tile = key_heads.split(&key_head);
+      batch = grid.divide_size.split(&tile);
+    } else {
+      tile = rest;
+      key_head = grid.divide_size.split(&tile);
+      batch = key_heads.split(&key_head);
+    }
     head = key_head * group.value + member;
     grid.first_token(tile, window, first);
   }

@@ -1,4 +1,5 @@
 // Which Hopper kernels run a backward pass.
+#include "../fused/fused.h"
 #include "sm90.h"
 #include "streams.h"
 #include "sums.h"
@@ -6,6 +7,27 @@
 namespace jax_na::cuda {
 
 using namespace sm90;
+
+namespace {
+
+// Whether the kernel for dquery makes delta, too. It takes a spare warp 10 to 20 us per tile,
+// about the time of so many boxes.
+bool dquery_makes_delta(const BackwardCall& call, const HopperTiling& tiling) {
+  constexpr int64_t kBoxes = 12;
+  const Problem& p = call.problem;
+  if (call.dquery == nullptr || padded_dim(p) < 64) return false;
+  int64_t boxes = 1;
+  for (int a = 0; a < kMaxRank; ++a) {
+    const AxisWindow& w = p.window[a];
+    const int32_t rows = tiling.row_box[a] * (a == kMaxRank - p.rank ? tiling.groups : 1);
+    const int32_t longest = (p.key_grid[a] + w.dilation - 1) / w.dilation;
+    const int32_t most = min_i32(rows + w.kernel_size + w.stride - 2, longest);
+    boxes *= (most + tiling.column_box[a] - 1) / tiling.column_box[a];
+  }
+  return boxes >= kBoxes;
+}
+
+}  // namespace
 
 cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& tiling,
                           cudaStream_t stream) {
@@ -16,6 +38,11 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
   BackwardPlan plan{};
   plan.call = call;
   cudaError_t status = cudaSuccess;
+  if (call.out != nullptr && !dquery_makes_delta(call, tiling.dquery)) {
+    status = make_delta(call, stream);
+    if (status != cudaSuccess) return status;
+    plan.call.out = nullptr;
+  }
   if (call.dquery != nullptr && p.query_tokens() > 0) {
     status = make_query_streams(p, tiling.dquery, queries, call.in, &plan.streams);
     if (status != cudaSuccess) return status;

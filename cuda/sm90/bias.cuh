@@ -66,31 +66,37 @@ inline bool can_begin_with_bias(const Problem& p, const Cut& cut, bool rows_are_
 template <int kEntries, bool kBegins>
 struct BiasTables {
   alignas(8) float entry[kBegins ? 2 : 1][kEntries];
+  const float* from;  // where they come from
 
-  // Zeros around the tables that come; by all `threads` of a CTA.
+  // No tables, and zeros around those that come; by all `threads` of a CTA.
   __device__ __forceinline__ void clear(int threads) {
+    if (threadIdx.x == 0) from = nullptr;
     if constexpr (kBegins) {
       for (int i = threadIdx.x; i < kEntries; i += threads) entry[0][i] = entry[1][i] = 0;
     }
   }
 
   // Brings `count` entries of neighbouring tables, times `factor`; one warp.
-  __device__ __forceinline__ void bring(const float* from, int32_t count, float factor,
+  __device__ __forceinline__ void bring(const float* tables, int32_t count, float factor,
                                         const BiasLayout& layout) {
+    __syncwarp();
+    from = tables;
 #pragma unroll 4
     for (int i = threadIdx.x % kWarpLanes; i < count; i += kWarpLanes) {
       if constexpr (kBegins) {
         const int to = layout.first + i + layout.row.quotient(i);
-        entry[0][to] = from[i] * factor;
-        if (to > 0) entry[1][to - 1] = from[i] * factor;
+        const float x = tables[i] * factor;
+        entry[0][to] = x;
+        if (to > 0) entry[1][to - 1] = x;
       } else {
-        entry[0][i] = from[i];
+        entry[0][i] = tables[i];
       }
     }
   }
 };
 
 // The part of every column of a box, in bytes; kSign is that of the rows' side (fused::Sides).
+// What is no column reads as the first one does.
 template <int kSign, int kColumns>
 struct BiasColumns {
   int32_t offset[kColumns];
@@ -99,7 +105,7 @@ struct BiasColumns {
                                        int threads) {
     for (int column = threadIdx.x; column < kColumns; column += threads) {
       int32_t at[kMaxRank];
-      box.point(column, at);
+      box.point(column < box.size ? column : 0, at);
       offset[column] = kSign * layout.index(at) * int{sizeof(float)};
     }
   }

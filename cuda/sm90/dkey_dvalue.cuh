@@ -46,6 +46,9 @@ struct DKeyPass {
     return StatisticsReader<S::kColumns>(plan.call, plan.streams.cut.columns, statistics.slot);
   }
 
+  template <int>
+  static constexpr bool kReadsRows = false;
+
   template <class S>
   static __device__ __forceinline__ void consume(const Plan& plan, Shared<DKeyPass, S>& shared,
                                                  int index);

@@ -8,6 +8,7 @@
 // The elementwise part of a box runs while the tensor cores multiply dS of the one before.
 #pragma once
 
+#include "../fused/delta.cuh"
 #include "kernel.cuh"
 #include "softmax.cuh"
 
@@ -41,10 +42,110 @@ struct DQueryPass {
     return none;
   }
 
+  // Where a pipeline has a warp to spare.
+  template <int kDim>
+  static constexpr bool kReadsRows = kDim >= 64;
+  template <class S>
+  static __device__ __forceinline__ void read_rows(const Plan& plan,
+                                                   Shared<DQueryPass, S>& shared, int index);
   template <class S>
   static __device__ __forceinline__ void consume(const Plan& plan,
                                                  Shared<DQueryPass, S>& shared, int index);
 };
+
+// delta of a warpgroup's rows, by one warp: eight lanes per row, and rows at once so that enough
+// loads are under way.
+template <class S>
+__device__ __forceinline__ void make_deltas(const BackwardCall& call,
+                                            const TileTable<S::kGroups>& table, int group,
+                                            float* deltas) {
+  constexpr int kLanes = 8, kRows = kWarpLanes / kLanes;
+  constexpr int kUnits = (S::kDim / 8 + kLanes - 1) / kLanes;  // of a lane, 16 bytes each
+  constexpr int kTurns = 4 / kUnits;
+  const int lane = threadIdx.x % kWarpLanes;
+  const int units = call.problem.value_dim / 8;
+  for (int first = 0; first < kGroupRows; first += kRows * kTurns) {
+    uint4 out[kTurns][kUnits], dout[kTurns][kUnits];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int32_t token = table.token[group][first + turn * kRows + lane / kLanes];
+      const int64_t row = table.first_row + int64_t{token} * call.problem.heads;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int unit = lane % kLanes + u * kLanes;
+        out[turn][u] = dout[turn][u] = make_uint4(0, 0, 0, 0);
+        if (token < 0 || unit >= units) continue;
+        out[turn][u] = __ldg(static_cast<const uint4*>(call.out) + row * units + unit);
+        dout[turn][u] = __ldg(static_cast<const uint4*>(call.dout) + row * units + unit);
+      }
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      float sum = 0;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        sum += fused::unit_dot<typename S::T>(out[turn][u], dout[turn][u]);
+      }
+#pragma unroll
+      for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+        sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+      }
+      if (lane % kLanes == 0) deltas[first + turn * kRows + lane / kLanes] = sum;
+    }
+  }
+  __syncwarp();
+}
+
+// The part of a warp that brings lse and delta of a warpgroup's rows while tiles before are
+// multiplied. Where delta is not given it makes it, also for what is launched next.
+template <class S>
+__device__ __forceinline__ void DQueryPass::read_rows(const Plan& plan,
+                                                      Shared<DQueryPass, S>& shared, int index) {
+  constexpr int kOwn = kGroupRows / kWarpLanes;  // rows of a lane
+  const BackwardCall& call = plan.call;
+  auto& pipeline = shared.pipeline[index / S::kGroups];
+  const int group = index % S::kGroups, lane = threadIdx.x % kWarpLanes;
+  for (uint32_t round = 0;; ++round) {
+    const uint32_t stage = round % S::kTiles;
+    ptx::barrier_wait(&pipeline.table_full[stage], round / S::kTiles % 2);
+    const auto& table = pipeline.table[stage];
+    const bool end = table.end;
+    if (!end) {
+      RowNumbers& numbers = pipeline.row_numbers[stage][group];
+      float lse[kOwn], delta[kOwn];  // or dlse, of which delta is to be made
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int32_t token = table.token[group][lane + i * kWarpLanes];
+        lse[i] = -kInfinity;
+        delta[i] = 0;
+        if (token < 0) continue;
+        const int64_t row = table.first_row + int64_t{token} * call.problem.heads;
+        lse[i] = static_cast<const float*>(call.lse)[row];
+        const void* from = call.out == nullptr ? call.delta : call.dlse;
+        if (from != nullptr) delta[i] = static_cast<const float*>(from)[row];
+      }
+      if (call.out != nullptr) make_deltas<S>(call, table, group, numbers.delta);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int row = lane + i * kWarpLanes;
+        const int32_t token = table.token[group][row];
+        if (call.out != nullptr) {
+          delta[i] = numbers.delta[row] - delta[i];
+          if (token >= 0) {
+            const int64_t at = table.first_row + int64_t{token} * call.problem.heads;
+            static_cast<float*>(call.delta)[at] = delta[i];
+          }
+        }
+        const bool empty = lse[i] == -kInfinity;
+        numbers.lse[row] = empty ? kInfinity : lse[i] * kLog2E;
+        numbers.delta[row] = empty ? 0 : delta[i];
+      }
+    }
+    __syncwarp();
+    if (lane == 0) ptx::barrier_arrive(&pipeline.tile_full[stage]);
+    if (end) return;
+  }
+}
 
 template <class S>
 __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
@@ -84,17 +185,23 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     } else {
       view.read(table, cut);
     }
-    float lse[2], delta[2];  // lse in log2 units, and +inf, so that weights are 0, for -inf
-    const int64_t first_row = table.batch * p.query_tokens() * p.heads + table.head;
+    float lse[2], delta[2];  // as RowNumbers
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int32_t token = table.token[group][warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h];
-      const int64_t row = first_row + int64_t{max(token, 0)} * p.heads;
-      const float natural =
-          token < 0 ? -kInfinity : static_cast<const float*>(plan.call.lse)[row];
-      const bool empty = natural == -kInfinity;
-      lse[h] = empty ? kInfinity : natural * kLog2E;
-      delta[h] = empty ? 0 : static_cast<const float*>(plan.call.delta)[row];
+      const int row = warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h;
+      if constexpr (S::kRowReaders > 0) {
+        const RowNumbers& numbers = own.pipeline.row_numbers[stage][group];
+        lse[h] = numbers.lse[row];
+        delta[h] = numbers.delta[row];
+      } else {
+        const int32_t token = table.token[group][row];
+        const int64_t at = table.first_row + int64_t{max(token, 0)} * p.heads;
+        const float natural =
+            token < 0 ? -kInfinity : static_cast<const float*>(plan.call.lse)[at];
+        const bool empty = natural == -kInfinity;
+        lse[h] = empty ? kInfinity : natural * kLog2E;
+        delta[h] = empty ? 0 : static_cast<const float*>(plan.call.delta)[at];
+      }
     }
     const int32_t boxes = uniform(table.visits.boxes),
                   grid_boxes = uniform(table.visits.grid_boxes);
@@ -228,7 +335,7 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     own.barrier();  // all warps are done with these queries
     const float factor[2] = {scale, scale};
     store_product<T, Rows>(dquery, factor, own.rows(stage, 0), table.token[group],
-                           static_cast<T*>(plan.call.dquery) + first_row * p.head_dim,
+                           static_cast<T*>(plan.call.dquery) + table.first_row * p.head_dim,
                            int64_t{p.heads} * p.head_dim, p.head_dim);
     own.release_tile(stage);
   }

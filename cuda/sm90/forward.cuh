@@ -71,6 +71,9 @@ struct ForwardPass {
     return none;
   }
 
+  template <int>
+  static constexpr bool kReadsRows = false;
+
   template <class S>
   static __device__ __forceinline__ void consume(const Plan& plan,
                                                  Shared<ForwardPass, S>& shared, int index);

@@ -54,6 +54,9 @@ struct GradientsPass {
     return StatisticsReader<S::kColumns>(plan.call, plan.streams.cut.columns, statistics.slot);
   }
 
+  template <int>
+  static constexpr bool kReadsRows = false;
+
   template <class S>
   static __device__ __forceinline__ void consume(const Plan& plan,
                                                  Shared<GradientsPass, S>& shared, int index);

@@ -7,6 +7,8 @@
 //   kLeastSlots                 of the ring, so that the walk does not stall
 //   Statistics<S>, reader<S>()  what comes with a box beside its blocks, and who brings it;
 //   kStatistics<kColumns>       its bytes per slot
+//   kReadsRows<kDim>            whether read_rows<S>() of warps beside the producers brings
+//                               RowNumbers
 //   kExchange<kDim, kColumns, kGroups>    bytes of a pipeline through which its consumers exchange
 //   kConstants<kDim, kColumns>  bytes of Constants<S>, what consumers multiply with beside what
 //                               comes; fill() of all threads makes them
@@ -62,13 +64,18 @@ __device__ __forceinline__ void multiply_and_mask(float (&d)[S::kColumns / 2], u
 }
 
 // Gives every warpgroup its part and its registers.
-template <class S, class Produce, class Consume>
-__device__ __forceinline__ void divide_labour(const Produce& produce, const Consume& consume) {
+template <class S, class Produce, class ReadRows, class Consume>
+__device__ __forceinline__ void divide_labour(const Produce& produce, const ReadRows& read_rows,
+                                              const Consume& consume) {
   const int consumer = uniform(threadIdx.x / kGroupThreads);
   if (consumer == S::kConsumers) {
     ptx::fewer_registers<S::kProducerRegisters>();
     const int producer = uniform(threadIdx.x % kGroupThreads / kWarpLanes);
-    if (producer < S::kProducers) produce(producer);
+    if (producer < S::kProducers) {
+      produce(producer);
+    } else if (producer < S::kProducers + S::kPipelines * S::kRowReaders) {
+      read_rows(producer - S::kProducers);
+    }
   } else {
     ptx::more_registers<S::kConsumerRegisters>();
     consume(consumer);
@@ -102,6 +109,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         produce<S, Pass::kRowsAre>(streams, p, plan.call.in.bias, shared.pipeline[pipeline],
                                    warp,
                                    Pass::template reader<S>(plan, shared.statistics[pipeline]));
+      },
+      [&](int reader) {
+        if constexpr (S::kRowReaders > 0) Pass::template read_rows<S>(plan, shared, reader);
       },
       [&](int consumer) { Pass::template consume<S>(plan, shared, consumer); });
 }

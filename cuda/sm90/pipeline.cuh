@@ -24,6 +24,12 @@ constexpr int kSharedMemory = 227 * 1024;
 
 struct NoBias {};
 
+// What the gradient of the scores needs to know of a warpgroup's rows.
+struct RowNumbers {
+  float lse[kGroupRows];  // in log2 units, and +inf, so that weights are 0, where it is -inf
+  float delta[kGroupRows];
+};
+
 // kMaskProduct: see mask_product.cuh.
 template <typename T_, int kDim_, class Pass, class Variant, bool kHasBias_, bool kMaskProduct_>
 struct Shape {
@@ -43,13 +49,18 @@ struct Shape {
   using Columns = Block<kDim, kColumns>;
 
   static constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
+  // Of a pipeline, one per warpgroup: warps of the producer's that bring numbers of rows.
+  static constexpr int kRowReaders = Pass::template kReadsRows<kDim> ? kGroups : 0;
   // Together at most what the CTA has at launch, 65536 / kThreads rounded down to 8 for each.
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : kConsumers == 3 ? 160 : 112;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2   ? (kRowReaders > 0 ? 224 : 232)
+                                            : kConsumers == 3 ? 160
+                                                              : 112;
+  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : kRowReaders > 0 ? 56 : 40;
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
+  static_assert(kProducers + kPipelines * kRowReaders <= kGroupWarps);
   // Tiles of which rows are there at once, and tables.
   static constexpr int kMostRowTiles = Pass::template kRowTiles<kDim>;
   static constexpr int kRowTiles = kBeginsWithBias && kMostRowTiles > 2 ? 2 : kMostRowTiles;
@@ -61,7 +72,8 @@ struct Shape {
   static constexpr int kBias = kBeginsWithBias ? kBiasEntries<kDim> : kLargestBias;
   using Bias = std::conditional_t<kHasBias, BiasTables<kBias, kBeginsWithBias>, NoBias>;
   // Of a pipeline, and all else, at most: barriers, sets of columns, constants, alignment.
-  static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + sizeof(Bias));
+  static constexpr int kTables = kTiles * (sizeof(TileTable<kGroups>) + sizeof(Bias) +
+                                         kGroups * (kRowReaders > 0 ? sizeof(RowNumbers) : 0));
   static constexpr int kElse =
       1536 + (24 * kColumns + 1536 + Pass::template kConstants<kDim, kColumns>) / kPipelines;
   static constexpr int kFit =
@@ -78,6 +90,7 @@ struct Shape {
     uint64_t table_full[kTiles];                     // for a warp that brings columns
     uint64_t tile_full[kTiles], tile_empty[kTiles];  // rows and table
     TileTable<kGroups> table[kTiles];
+    RowNumbers row_numbers[kRowReaders > 0 ? kTiles : 1][kGroups];
     Bias bias[kTiles];  // of the heads of a tile
   };
 };
@@ -104,8 +117,11 @@ __device__ __forceinline__ Visits bring_rows(const Streams& streams, const Probl
     const int32_t size = static_cast<int32_t>(p.bias_size());
     const float* from = static_cast<const float*>(bias) + place.batch * p.bias_batch_stride +
                         place.head * heads * size;
-    const float factor = S::kBeginsWithBias ? 1 / static_cast<float>(p.scale) : 1;
-    pipeline.bias[stage].bring(from, heads * size, factor, streams.bias);
+    auto& tables = pipeline.bias[stage];
+    if (tables.from != from) {  // those of the tile before are others
+      const float factor = S::kBeginsWithBias ? 1 / static_cast<float>(p.scale) : 1;
+      tables.bring(from, heads * size, factor, streams.bias);
+    }
   }
   __syncwarp();
   if (threadIdx.x % kWarpLanes != 0) return visits;
@@ -194,7 +210,8 @@ __device__ __forceinline__ void produce_tiles(const Streams& streams, const Prob
     return stage;
   };
   for (; tile < streams.tiles; tile += gridDim.x * S::kPipelines) {
-    const TilePlace place(tile, streams.cut.ctas, p.window, streams.group, streams.key_heads);
+    const TilePlace place(tile, streams.cut.ctas, p.window, streams.group, streams.key_heads,
+                          S::kHasBias);
     if (!place.exists(Sides<kRowsAre>::row_grid(p))) continue;
     wait_for_stage();
     then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, round), place);
@@ -326,7 +343,7 @@ __device__ __forceinline__ void init(typename S::Pipeline (&pipelines)[S::kPipel
       pipeline.ring.init(S::kGroups * kGroupWarps);
       for (int i = 0; i < S::kTiles; ++i) {
         ptx::barrier_init(&pipeline.table_full[i], 1);
-        ptx::barrier_init(&pipeline.tile_full[i], 1);
+        ptx::barrier_init(&pipeline.tile_full[i], 1 + S::kRowReaders);
         // A warp that brings columns needs the table, too.
         ptx::barrier_init(&pipeline.tile_empty[i],
                           S::kGroups * kGroupWarps + S::kProducers - S::kPipelines);
