@@ -1,6 +1,6 @@
 // queries = slots keys: a CTA owns a tile of queries of one head and visits the keys that they
-// see. The prologue of a box's product brings the weights of its visible elements from their
-// slots.
+// see. The weights of a box arrive in an image, from where the prologue of its product takes
+// those of visible elements.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,10 @@
 #include "../fused/gemm.cuh"
 #include "../fused/geometry.cuh"
 #include "../fused/launch.cuh"
+#include "../fused/softmax.cuh"
 #include "../fused/staging.cuh"
 #include "../fused/stream.cuh"
+#include "columns.cuh"
 #include "plans.cuh"
 #include "slots.cuh"
 
@@ -20,131 +22,88 @@ template <typename T, int kDim, Precision kPrecision>
 struct GatherShape : Shape<T, kDim, kPrecision> {
   using Base = Shape<T, kDim, kPrecision>;
   using typename Base::Layout;
-  using TileLayout = RowLayout<Base::kColumns * sizeof(T)>;
+  using Weights = Image<T, Base::kColumns, true>;
 
   struct Shared {
     alignas(128) uint8_t key[2][Base::kColumns * Layout::kRowBytes];  // the result in the end
-    alignas(128) uint8_t weights[Base::kRows * TileLayout::kRowBytes];
+    alignas(16) uint8_t weights[2][Base::kRows * Weights::kRowBytes];
+    Run runs[2][Base::kRows];
+    ColumnTable<Base::kColumns> columns[kTables];
     TileTables<Base::kRows> tables;
   };
 };
-
-// The weights of one warp's rows and a box, on their way from global to shared memory: lane l
-// has columns l and l + 32 of every row; zeros where a row does not see the column.
-template <class S>
-struct WeightTile {
-  using T = typename S::T;
-  using Tile = typename S::TileLayout;
-  static constexpr int kParts = S::kColumns / kWarpLanes;
-  T weights[S::kWarpRows][kParts];
-
-  __device__ __forceinline__ void load(const T* array, uint64_t columns,
-                                       const RowSlots<S::kColumns>& slots, int32_t box) {
-#pragma unroll
-    for (int r = 0; r < S::kWarpRows; ++r) {
-      const uint64_t seen = __shfl_sync(kFullWarp, columns, r);
-      const T* row = array + __shfl_sync(kFullWarp, slots.row, r) + box;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        weights[r][part] =
-            has_column(seen, part) ? __ldg(row + slots.column[part]) : static_cast<T>(0.0f);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void put(uint8_t* block, int warp_row) const {
-    const int lane = threadIdx.x % kWarpLanes;
-#pragma unroll
-    for (int r = 0; r < S::kWarpRows; ++r) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const int byte = (lane + part * kWarpLanes) * int{sizeof(T)};
-        uint8_t* to = block + Tile::offset(warp_row + r, byte / kChunkBytes);
-        *reinterpret_cast<T*>(to + byte % kChunkBytes) = weights[r][part];
-      }
-    }
-  }
-};
-
-// Reads the weights of a warp's rows as if they were a product.
-template <class S>
-__device__ __forceinline__ void get_weights(Accumulator (&to)[1][S::kColumns / 8],
-                                            const uint8_t* block, int warp_row) {
-  using T = typename S::T;
-  const int lane = threadIdx.x % kWarpLanes;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = warp_row + 8 * half + lane / 4;
-#pragma unroll
-    for (int n = 0; n < S::kColumns / 8; ++n) {
-      const int byte = (8 * n + lane % 4 * 2) * int{sizeof(T)};
-      const auto* from = reinterpret_cast<const T*>(
-          block + S::TileLayout::offset(r, byte / kChunkBytes) + byte % kChunkBytes);
-      to[0][n][2 * half] = static_cast<float>(from[0]);
-      to[0][n][2 * half + 1] = static_cast<float>(from[1]);
-    }
-  }
-}
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, S::kResident)
     gather_kernel(const __grid_constant__ UnfusedPlan plan) {
   using T = typename S::T;
   using Layout = typename S::Layout;
+  using Weights = typename S::Weights;
   constexpr int kThreads = S::kThreads, kColumns = S::kColumns;
   const Problem& p = plan.call.problem;
   auto& shared = shared_memory<typename S::Shared>();
+  const int lane = threadIdx.x % kWarpLanes;
   const int warp_row = threadIdx.x / kWarpLanes * S::kWarpRows;  // the warp's first one
 
   const TilePlace place(blockIdx.x, plan.rows, p.window, plan.group, plan.key_heads);
   if (!place.exists(p.query_grid)) return;
-  fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
+  fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
                                                   place.batch, place.first);
   __syncthreads();
-  Walk walk;
-  walk.start<Side::kQueries>(shared.tables, p, plan.rows, 0, 0);
-  RowView view;
-  view.start(shared.tables, plan.rows, warp_row + threadIdx.x % S::kWarpRows);
-  const RowSlots<kColumns> slots(plan, place, shared.tables.row_token, warp_row);
+  ColumnList list;
+  list.start<Side::kQueries>(shared.tables, p, plan.rows, LeastKeys(p).count);
+  ListView view;
+  view.start(shared.tables, plan.rows, list, warp_row);
+  const QueryRow row(plan, place, shared.tables.row_token, warp_row);
 
   // ---- Walk over the keys --------------------------------------------------------------
   const RowSource keys = row_source(plan.call.keys, place.batch * p.key_tokens(),
                                     place.key_head, p.key_heads, p.head_dim, sizeof(T));
-  const auto copy_box = [&](int stage, const Walk& at) {
-    if (at.more()) {
-      copy_columns<Layout, kColumns, kThreads>(shared.tables.column, at.token(),
-                                               at.guarded_limits(),
-                                               ptx::shared_address(shared.key[stage]), keys);
+  const auto* slots = static_cast<const T*>(plan.call.slots);
+  const int32_t boxes = (list.size + kColumns - 1) / kColumns;
+  const auto note_box = [&](int32_t box) {
+    put_keys(&shared.columns[box % kTables], plan, list, box * kColumns, sizeof(T));
+  };
+  // Returns which columns this lane's row sees.
+  const auto copy_box = [&](int32_t box) {
+    uint64_t columns = 0;
+    if (box < boxes) {
+      const auto& table = shared.columns[box % kTables];
+      copy_rows<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[box % 2]), keys,
+                                            table.token);
+      columns = view.columns(list, table);
+      if (__any_sync(kFullWarp, columns != 0)) {
+        row.template put_run<Weights>(shared.runs[box % 2], warp_row, columns, table);
+        copy_runs<Weights, S::kWarpRows>(ptx::shared_address(shared.weights[box % 2]), warp_row,
+                                         shared.runs[box % 2], slots);
+      }
     }
     ptx::copy_async_commit();
+    return columns;
   };
-  copy_box(0, walk);
+  note_box(0);
+  note_box(1);
+  __syncthreads();
+  uint64_t columns = copy_box(0);
   Accumulator sums[1][S::kDim / 8];
   clear(sums);
 
-  for (int current = 0; walk.more(); current = 1 - current) {
-    Walk next = walk;
-    next.advance(plan.columns.order.extent);
-    const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
-    const bool visible = __any_sync(kFullWarp, columns != 0);
-    WeightTile<S> tile;
-    if (visible) {
-      tile.load(static_cast<const T*>(plan.call.slots), columns, slots,
-                box_offset(plan, walk));
-    }
-    // The box at hand has arrived, and all warps are done with what the copies overwrite.
+  for (int32_t box = 0; box < boxes; ++box) {
+    // The box at hand has arrived, and all warps are done with what is overwritten now.
     ptx::copy_async_wait<0>();
     __syncthreads();
-    copy_box(1 - current, next);
-    if (visible) {
-      tile.put(shared.weights, warp_row);
-      __syncwarp();
+    const uint64_t next_columns = copy_box(box + 1);
+    note_box(box + 2);
+    if (__any_sync(kFullWarp, columns != 0)) {
+      const Run* runs = shared.runs[box % 2] + warp_row + lane / 4;
+      const int32_t row_part[2] = {runs[0].image, runs[8].image};
       Accumulator weights[1][kColumns / 8];
-      get_weights<S>(weights, shared.weights, warp_row);
+      get_weights<T>(weights, shared.weights[box % 2], row_part,
+                     shared.columns[box % kTables].part, LaneMask<1>(columns));
       multiply_columns<T, S::kPrecision, Layout>(sums, weights,
-                                                 ptx::shared_address(shared.key[current]));
+                                                 ptx::shared_address(shared.key[box % 2]));
     }
-    walk = next;
+    columns = next_columns;
   }
   ptx::copy_async_wait<0>();
 

@@ -41,15 +41,14 @@ cudaError_t run(const UnfusedCall& call, const int32_t (&grid)[kMaxRank],
   const Problem& p = call.problem;
   if (!supported(p) || call.window_size() >= kMostSlots) return cudaErrorInvalidValue;
   return with_shape(p, highest_precision, [&](auto shape) {
-    const int64_t rows = box_size(tiling.row_tile), columns = box_size(tiling.column_box);
-    if (rows < 1 || rows > shape.kRows || columns < 1 || columns > shape.kColumns) {
-      return cudaErrorInvalidValue;
-    }
+    const int64_t rows = box_size(tiling.row_tile);
+    if (rows < 1 || rows > shape.kRows) return cudaErrorInvalidValue;
     const AxisWindow* w = p.window;
     const int32_t window[kMaxRank] = {w[0].kernel_size, w[1].kernel_size, w[2].kernel_size};
+    constexpr int32_t kNoBox[kMaxRank] = {1, 1, 1};
     const UnfusedPlan plan{call,
                            TileGrid(grid, p.window, tiling.row_tile),
-                           ColumnBox(tiling.column_box),
+                           ColumnBox(kNoBox),
                            Divisor(p.heads / p.key_heads),
                            Divisor(p.key_heads),
                            Divisor(1),
@@ -57,6 +56,16 @@ cudaError_t run(const UnfusedCall& call, const int32_t (&grid)[kMaxRank],
                            {window[1] * window[2], window[2], 1}};
     return launch(shape, plan);
   });
+}
+
+// See most_spanned.
+int64_t spanned(const AxisWindow (&window)[kMaxRank], const int32_t (&tile)[kMaxRank]) {
+  int64_t last = 0;  // slot, where the first one is 0
+  for (int a = 0; a < kMaxRank; ++a) {
+    const int32_t k = window[a].kernel_size;
+    last = last * k + min_i32(tile[a], k) - 1;
+  }
+  return last + 1;
 }
 
 }  // namespace
@@ -87,6 +96,9 @@ cudaError_t scatter_gemm(const UnfusedCall& call, const UnfusedTiling& tiling,
   if (p.batch * p.key_tokens() * p.key_heads == 0) return cudaSuccess;
   return run(call, p.key_grid, tiling, highest_precision, [&](auto shape, const auto& plan) {
     using S = decltype(shape);
+    if (spanned(p.window, tiling.row_tile) > most_spanned(sizeof(typename S::T))) {
+      return cudaErrorInvalidValue;
+    }
     return launch_scatter<typename S::T, S::kDim, S::kPrecision>(plan, stream);
   });
 }

@@ -8,8 +8,10 @@
 #include "../fused/gemm.cuh"
 #include "../fused/geometry.cuh"
 #include "../fused/launch.cuh"
+#include "../fused/softmax.cuh"
 #include "../fused/staging.cuh"
 #include "../fused/stream.cuh"
+#include "columns.cuh"
 #include "plans.cuh"
 #include "slots.cuh"
 
@@ -19,15 +21,18 @@ template <typename T, int kDim, Precision kPrecision>
 struct PairShape : Shape<T, kDim, kPrecision> {
   using Base = Shape<T, kDim, kPrecision>;
   using typename Base::Layout;
-  using TileLayout = RowLayout<Base::kColumns * sizeof(float)>;
+  using Products = Image<float, Base::kColumns, false>;
   // Two stages need one barrier per box; one needs two barriers, and half of the memory.
-  static constexpr int kStages = Layout::kRowBytes <= 256 ? 2 : 1;
-  static constexpr bool kQueryHeld = Layout::kRowBytes <= 128;
+  static constexpr int kStages = Layout::kRowBytes <= 512 ? 2 : 1;
+  static constexpr bool kQueryHeld =
+      Layout::kRowBytes <= 128 && kPrecision == Precision::kDefault;
 
   struct Shared {
     alignas(128) uint8_t query[Base::kRows * Layout::kRowBytes];
     alignas(128) uint8_t key[kStages][Base::kColumns * Layout::kRowBytes];
-    alignas(128) uint8_t product[Base::kRows * TileLayout::kRowBytes];
+    alignas(16) uint8_t products[Base::kRows * Products::kRowBytes];
+    Run runs[Base::kRows];
+    ColumnTable<Base::kColumns> columns[kTables];
     TileTables<Base::kRows> tables;
   };
 };
@@ -38,52 +43,60 @@ struct SlotArray {
   void* slots;
   bool wide;
 
-  __device__ __forceinline__ void put(int64_t index, float x) const {
+  // Calls fn(slots) with the array as what it is.
+  template <class Fn>
+  __device__ __forceinline__ void visit(const Fn& fn) const {
     if (std::is_same_v<T, float> || wide) {
-      static_cast<float*>(slots)[index] = x;
+      fn(static_cast<float*>(slots));
     } else {
-      static_cast<T*>(slots)[index] = static_cast<T>(x);
+      fn(static_cast<T*>(slots));
     }
   }
 };
 
-// Stores the visible elements of a product of one warp, by way of shared memory: in registers
-// the lanes of a warp hold eight rows at a time.
+// Stores the runs of a warp's rows, by way of shared memory: in registers the lanes of a warp
+// hold eight rows at a time.
 template <class S>
-__device__ __forceinline__ void store_product(
-    const SlotArray<typename S::T>& array, Accumulator (&product)[1][S::kColumns / 8],
-    uint8_t* block, int warp_row, uint64_t columns, const RowSlots<S::kColumns>& slots,
-    int32_t box) {
-  using Tile = typename S::TileLayout;
+__device__ __forceinline__ void store_product(const SlotArray<typename S::T>& array,
+                                              Accumulator (&product)[1][S::kColumns / 8],
+                                              uint8_t* image, const Run* runs, int warp_row,
+                                              const int32_t* column_part, uint64_t columns) {
+  using Image = typename S::Products;
   const int lane = threadIdx.x % kWarpLanes;
-  const float one[1][2] = {{1, 1}};
+  const LaneMask<1> mask(columns);
+  const int32_t row_part[2] = {runs[warp_row + lane / 4].image,
+                               runs[warp_row + lane / 4 + 8].image};
+  const auto* parts = reinterpret_cast<const int2*>(column_part) + lane % 4;
+  for_each_element(product, [&](float x, int m, int half, int n, int i) {
+    const int32_t part = row_part[half] + (i == 0 ? parts[4 * n].x : parts[4 * n].y);
+    if (mask.test(m, half, n, i)) *reinterpret_cast<float*>(image + part) = x;
+  });
   __syncwarp();
-  put_rows<float, Tile>(block, warp_row, product, one);
-  __syncwarp();
-#pragma unroll 4
-  for (int r = 0; r < S::kWarpRows; ++r) {
-    const uint64_t seen = __shfl_sync(kFullWarp, columns, r);
-    const int64_t row = __shfl_sync(kFullWarp, slots.row, r) + box;
-    if (seen == 0) continue;
+  array.visit([&](auto* slots) {
+    using Slot = std::remove_pointer_t<decltype(slots)>;
+    slots += lane;
+    const uint8_t* from = image + warp_row * Image::kRowBytes + lane * Image::kBytes;
+#pragma unroll 8
+    for (int r = 0; r < S::kWarpRows; ++r) {
+      const Run run = runs[warp_row + r];
+      const auto* row = reinterpret_cast<const float*>(from + r * Image::kRowBytes);
 #pragma unroll
-    for (int part = 0; part < slots.kParts; ++part) {
-      const int byte = (lane + part * kWarpLanes) * int{sizeof(float)};
-      const uint8_t* from = block + Tile::offset(warp_row + r, byte / kChunkBytes);
-      if (has_column(seen, part)) {
-        array.put(row + slots.column[part],
-                  *reinterpret_cast<const float*>(from + byte % kChunkBytes));
+      for (int slot = 0; slot < S::kColumns; slot += kWarpLanes) {
+        if (slot + lane < run.count) {
+          slots[run.first + slot] = static_cast<Slot>(row[slot]);
+        }
       }
     }
-  }
+  });
 }
 
-// Zeros for the slots of a warp's rows that no key fills.
+// Zeros for the slots of a warp's rows that no key fills, whatever runs have brought there.
 template <class S>
 __device__ __forceinline__ void clear_empty_slots(const SlotArray<typename S::T>& array,
                                                   const UnfusedPlan& plan,
                                                   const TileTables<S::kRows>& tables,
-                                                  const RowSlots<S::kColumns>& slots,
-                                                  int warp_row) {
+                                                  const QueryRow& row, int warp_row) {
+  __syncwarp();
   const int lane = threadIdx.x % kWarpLanes;
   const int own = warp_row + lane % S::kWarpRows;
   const bool exists = tables.row_token[own] != kNoToken;
@@ -95,27 +108,31 @@ __device__ __forceinline__ void clear_empty_slots(const SlotArray<typename S::T>
   for (int a = 0; a < kMaxRank; ++a) {
     const Interval interval = tables.interval[exists ? coordinates + at[a] : 0];
     coordinates += plan.rows.tile.extent[a];
-    begin[a] = interval.lo - slots.start[a];
-    end[a] = interval.hi - slots.start[a];
+    begin[a] = interval.lo - row.start[a];
+    end[a] = interval.hi - row.start[a];
     full = full && begin[a] <= 0 && end[a] >= plan.window.extent[a];
   }
   const unsigned gaps = __ballot_sync(kFullWarp, exists && !full);
 #pragma unroll 1
   for (int r = 0; r < S::kWarpRows; ++r) {
     if ((gaps >> r & 1) == 0) continue;
-    const int64_t first = __shfl_sync(kFullWarp, slots.first, r);
+    const int64_t first = __shfl_sync(kFullWarp, row.first, r);
     int32_t from[kMaxRank], to[kMaxRank];
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       from[a] = __shfl_sync(kFullWarp, begin[a], r);
       to[a] = __shfl_sync(kFullWarp, end[a], r);
     }
-    for (int32_t slot = lane; slot < plan.window.size; slot += kWarpLanes) {
-      plan.window.point(slot, at);
-      const bool held = at[0] >= from[0] && at[0] < to[0] && at[1] >= from[1] &&
-                        at[1] < to[1] && at[2] >= from[2] && at[2] < to[2];
-      if (!held) array.put(first + slot, 0);
-    }
+    array.visit([&](auto* slots) {
+      using Slot = std::remove_pointer_t<decltype(slots)>;
+#pragma unroll 1
+      for (int32_t slot = lane; slot < plan.window.size; slot += kWarpLanes) {
+        plan.window.point(slot, at);
+        const bool held = at[0] >= from[0] && at[0] < to[0] && at[1] >= from[1] &&
+                          at[1] < to[1] && at[2] >= from[2] && at[2] < to[2];
+        if (!held) slots[first + slot] = static_cast<Slot>(0.0f);
+      }
+    });
   }
 }
 
@@ -136,7 +153,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   if (p.head_dim < S::kDim) {
     clear_block<sizeof(shared.query) + sizeof(shared.key), kThreads>(shared.query);
   }
-  fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
+  fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
                                                   place.batch, place.first);
   __syncthreads();
   copy_rows<Layout, S::kRows, kThreads>(
@@ -144,25 +161,31 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       row_source(plan.call.queries, place.batch * p.query_tokens(), place.head, p.heads,
                  p.head_dim, sizeof(T)),
       shared.tables.row_token);
-  Walk walk;
-  walk.start<Side::kQueries>(shared.tables, p, plan.rows, 0, 0);
-  RowView view;
-  view.start(shared.tables, plan.rows, warp_row + threadIdx.x % S::kWarpRows);
-  const RowSlots<kColumns> slots(plan, place, shared.tables.row_token, warp_row);
+  ColumnList list;
+  list.start<Side::kQueries>(shared.tables, p, plan.rows, LeastKeys(p).count);
+  ListView view;
+  view.start(shared.tables, plan.rows, list, warp_row);
+  const QueryRow row(plan, place, shared.tables.row_token, warp_row);
   const SlotArray<T> array{plan.call.slots, plan.call.wide_result};
 
   // ---- Walk over the keys --------------------------------------------------------------
   const RowSource keys = row_source(plan.call.keys, place.batch * p.key_tokens(),
                                     place.key_head, p.key_heads, p.head_dim, sizeof(T));
-  const auto copy_box = [&](int stage, const Walk& at) {
-    if (at.more()) {
-      copy_columns<Layout, kColumns, kThreads>(shared.tables.column, at.token(),
-                                               at.guarded_limits(),
-                                               ptx::shared_address(shared.key[stage]), keys);
+  const int32_t boxes = (list.size + kColumns - 1) / kColumns;
+  const auto note_box = [&](int32_t box) {
+    put_keys(&shared.columns[box % kTables], plan, list, box * kColumns, sizeof(float));
+  };
+  const auto copy_box = [&](int32_t box) {
+    if (box < boxes) {
+      copy_rows<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[box % kStages]),
+                                            keys, shared.columns[box % kTables].token);
     }
     ptx::copy_async_commit();
   };
-  copy_box(0, walk);
+  note_box(0);
+  note_box(1);
+  __syncthreads();
+  copy_box(0);
   RowOperand<Layout, 1, S::kQueryHeld> query(ptx::shared_address(shared.query), warp_row);
   if constexpr (S::kQueryHeld) {
     ptx::copy_async_wait<0>();
@@ -170,32 +193,33 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     query.hold();
   }
 
-  for (int current = 0; walk.more(); current = (current + 1) % kStages) {
-    Walk next = walk;
-    next.advance(plan.columns.order.extent);
-    // The box at hand has arrived, and all warps are done with what the copies overwrite.
+  for (int32_t box = 0; box < boxes; ++box) {
+    // The box at hand has arrived, and all warps are done with what is overwritten now.
     ptx::copy_async_wait<0>();
     __syncthreads();
-    if constexpr (kStages == 2) copy_box(1 - current, next);
-    const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
+    if constexpr (kStages == 2) copy_box(box + 1);
+    note_box(box + 2);
+    const auto& table = shared.columns[box % kTables];
+    const uint64_t columns = view.columns(list, table);
     const bool visible = __any_sync(kFullWarp, columns != 0);
     Accumulator product[1][kColumns / 8];
     if (visible) {
       clear(product);
-      multiply_rows<T, S::kPrecision>(product, query, ptx::shared_address(shared.key[current]));
+      multiply_rows<T, S::kPrecision>(product, query,
+                                      ptx::shared_address(shared.key[box % kStages]));
     }
     if constexpr (kStages == 1) {
       __syncthreads();
-      copy_box(0, next);
+      copy_box(box + 1);
     }
     if (visible) {
-      store_product<S>(array, product, shared.product, warp_row, columns, slots,
-                       box_offset(plan, walk));
+      row.template put_run<typename S::Products>(shared.runs, warp_row, columns, table);
+      store_product<S>(array, product, shared.products, shared.runs, warp_row, table.part,
+                       columns);
     }
-    walk = next;
   }
   ptx::copy_async_wait<0>();
-  clear_empty_slots<S>(array, plan, shared.tables, slots, warp_row);
+  clear_empty_slots<S>(array, plan, shared.tables, row, warp_row);
 }
 
 template <typename T, int kDim, Precision kPrecision>
