@@ -72,19 +72,21 @@ __device__ __forceinline__ void store_product(const SlotArray<typename S::T>& ar
     if (mask.test(m, half, n, i)) *reinterpret_cast<float*>(image + part) = x;
   });
   __syncwarp();
+  // Half of the warp takes a row, which on average has too few slots for all of it.
+  constexpr int kLanes = kWarpLanes / 2;
+  const int row = warp_row + lane / kLanes;
+  const uint8_t* from = image + row * Image::kRowBytes + lane % kLanes * Image::kBytes;
   array.visit([&](auto* slots) {
     using Slot = std::remove_pointer_t<decltype(slots)>;
-    slots += lane;
-    const uint8_t* from = image + warp_row * Image::kRowBytes + lane * Image::kBytes;
-#pragma unroll 8
-    for (int r = 0; r < S::kWarpRows; ++r) {
-      const Run run = runs[warp_row + r];
-      const auto* row = reinterpret_cast<const float*>(from + r * Image::kRowBytes);
+    slots += lane % kLanes;
 #pragma unroll
-      for (int slot = 0; slot < S::kColumns; slot += kWarpLanes) {
-        if (slot + lane < run.count) {
-          slots[run.first + slot] = static_cast<Slot>(row[slot]);
-        }
+    for (int r = 0; r < S::kWarpRows; r += 2) {
+      const Run run = runs[row + r];
+      const auto* products = reinterpret_cast<const float*>(from + r * Image::kRowBytes);
+      const int32_t rest = run.count - lane % kLanes;
+#pragma unroll
+      for (int slot = 0; slot < S::kColumns; slot += kLanes) {
+        if (slot < rest) slots[run.first + slot] = static_cast<Slot>(products[slot]);
       }
     }
   });
