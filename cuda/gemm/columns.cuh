@@ -1,9 +1,10 @@
 // The columns of a tile in one list, and which of them a row sees.
 //
-// A tile visits the union of the intervals of its rows (fused/geometry.cuh). Here the tokens of
-// the union are numbered, last axis fastest, and visited so many at a time: a box is a piece of
-// the list and has no shape. So no box but the last has empty columns, and where columns are
-// keys, those of a box that a query sees are a run of its slots, which have the same order.
+// A tile visits the union of the intervals of its rows (fused/geometry.cuh). Here the tokens
+// of the union are numbered, last axis fastest, and visited so many at a time: a box is a
+// piece of the list and has no shape. So no box but the last has empty columns, and where
+// columns are keys, those of a box that a query sees are a run of its slots, which have the
+// same order.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +16,9 @@ namespace jax_na::cuda::gemm {
 using namespace fused;
 
 struct ColumnList {
-  Walk tokens;                  // of the union: where it starts, its lengths, its tokens
-  int32_t length[kMaxRank];     // with columns that only the list has
-  int32_t period[kMaxRank];     // columns after which an axis starts anew
+  Walk tokens;               // of the union: where it starts, its lengths, its tokens
+  int32_t length[kMaxRank];  // with columns that only the list has
+  int32_t period[kMaxRank];  // columns after which an axis starts anew
   int32_t size;
 
   // Of every axis but the first the list has `least` columns or more.
@@ -62,14 +63,15 @@ struct ColumnTable {
   static constexpr int kWords = kColumns / kWarpLanes;
   int32_t token[kColumns];  // or kNoToken
   int32_t part[kColumns];   // of the place of a slot in an image (slots.cuh)
-  int32_t phase[kWords][kMaxRank];  // place of the first of 32 columns in the period of an axis
+  int32_t phase[kWords]
+               [kMaxRank];  // place of the first of 32 columns in the period of an axis
 
   __device__ __forceinline__ void put(const ColumnList& list, int32_t index,
                                       const int32_t (&at)[kMaxRank], int32_t column_part) {
     token[threadIdx.x] = list.token(at);
     part[threadIdx.x] = column_part;
     if (threadIdx.x % kWarpLanes == 0) {
-      int32_t(&of)[kMaxRank] = phase[threadIdx.x / kWarpLanes];
+      int32_t (&of)[kMaxRank] = phase[threadIdx.x / kWarpLanes];
       of[0] = index;
       of[1] = at[1] * list.length[2] + at[2];
       of[2] = at[2];
@@ -91,7 +93,8 @@ __device__ __forceinline__ uint32_t interval_bits(int32_t lo, int32_t hi) {
 // interval that comes again with every period.
 struct ListView {
   int32_t begin[kMaxRank], end[kMaxRank];  // in the first period
-  uint32_t again[kMaxRank];  // in the first 32 columns of a period and, if it is short, of others
+  uint32_t
+      again[kMaxRank];  // in the first 32 columns of a period and, if it is short, of others
 
   template <int kRows>
   __device__ __forceinline__ void start(const TileTables<kRows>& tables, const TileGrid& grid,
@@ -124,7 +127,7 @@ struct ListView {
                                               const ColumnTable<kColumns>& table) const {
     // Each half of the warp takes 32 columns.
     const int lane = threadIdx.x % kWarpLanes;
-    const int32_t(&phase)[kMaxRank] = table.phase[lane / 16 % table.kWords];
+    const int32_t (&phase)[kMaxRank] = table.phase[lane / 16 % table.kWords];
     uint32_t seen = ~0u;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   const int lane = threadIdx.x % kWarpLanes;
   const int warp_row = threadIdx.x / kWarpLanes * S::kWarpRows;  // the warp's first one
 
-  const TilePlace place(blockIdx.x, plan.rows, p.window, plan.group, plan.key_heads);
+  const TilePlace place(blockIdx.x, plan.rows, p.window, plan.one, plan.head_parts);
   if (!place.exists(p.query_grid)) return;
   fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
                                                   place.batch, place.first);
@@ -54,82 +54,88 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   list.start<Side::kQueries>(shared.tables, p, plan.rows, LeastKeys(p).count);
   ListView view;
   view.start(shared.tables, plan.rows, list, warp_row);
-  const QueryRow row(plan, place, shared.tables.row_token, warp_row);
-
-  // ---- Walk over the keys --------------------------------------------------------------
-  const RowSource keys = row_source(plan.call.keys, place.batch * p.key_tokens(),
-                                    place.key_head, p.key_heads, p.head_dim, sizeof(T));
+  const int32_t first_head = place.head * plan.cta_heads;
+  QueryRow row(plan, place, first_head, shared.tables.row_token, warp_row);
   const auto* slots = static_cast<const T*>(plan.call.slots);
   const int32_t boxes = (list.size + kColumns - 1) / kColumns;
   const auto note_box = [&](int32_t box) {
     put_keys(&shared.columns[box % kTables], plan, list, box * kColumns, sizeof(T));
   };
-  // Returns which columns this lane's row sees.
-  const auto copy_box = [&](int32_t box) {
-    uint64_t columns = 0;
-    if (box < boxes) {
-      const auto& table = shared.columns[box % kTables];
-      copy_rows<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[box % 2]), keys,
-                                            table.token);
-      columns = view.columns(list, table);
-      if (__any_sync(kFullWarp, columns != 0)) {
-        row.template put_run<Weights>(shared.runs[box % 2], warp_row, columns, table);
-        copy_runs<Weights, S::kWarpRows>(ptx::shared_address(shared.weights[box % 2]), warp_row,
-                                         shared.runs[box % 2], slots);
+
+  for (int32_t head = first_head; head < first_head + plan.cta_heads; ++head) {
+    // ---- Walk over the keys ------------------------------------------------------------
+    const RowSource keys =
+        row_source(plan.call.keys, place.batch * p.key_tokens(), plan.group.quotient(head),
+                   p.key_heads, p.head_dim, sizeof(T));
+    // Returns which columns this lane's row sees.
+    const auto copy_box = [&](int32_t box) {
+      uint64_t columns = 0;
+      if (box < boxes) {
+        const auto& table = shared.columns[box % kTables];
+        copy_rows<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[box % 2]), keys,
+                                              table.token);
+        columns = view.columns(list, table);
+        if (__any_sync(kFullWarp, columns != 0)) {
+          row.template put_run<Weights>(shared.runs[box % 2], warp_row, columns, table);
+          copy_runs<Weights, S::kWarpRows>(ptx::shared_address(shared.weights[box % 2]),
+                                           warp_row, shared.runs[box % 2], slots);
+        }
       }
-    }
-    ptx::copy_async_commit();
-    return columns;
-  };
-  note_box(0);
-  note_box(1);
-  __syncthreads();
-  uint64_t columns = copy_box(0);
-  Accumulator sums[1][S::kDim / 8];
-  clear(sums);
-
-  for (int32_t box = 0; box < boxes; ++box) {
-    // The box at hand has arrived, and all warps are done with what is overwritten now.
-    ptx::copy_async_wait<0>();
+      ptx::copy_async_commit();
+      return columns;
+    };
+    __syncthreads();  // all warps are done with the head before
+    note_box(0);
+    note_box(1);
     __syncthreads();
-    const uint64_t next_columns = copy_box(box + 1);
-    note_box(box + 2);
-    if (__any_sync(kFullWarp, columns != 0)) {
-      const Run* runs = shared.runs[box % 2] + warp_row + lane / 4;
-      const int32_t row_part[2] = {runs[0].image, runs[8].image};
-      Accumulator weights[1][kColumns / 8];
-      get_weights<T>(weights, shared.weights[box % 2], row_part,
-                     shared.columns[box % kTables].part, LaneMask<1>(columns));
-      multiply_columns<T, S::kPrecision, Layout>(sums, weights,
-                                                 ptx::shared_address(shared.key[box % 2]));
-    }
-    columns = next_columns;
-  }
-  ptx::copy_async_wait<0>();
+    uint64_t columns = copy_box(0);
+    Accumulator sums[1][S::kDim / 8];
+    clear(sums);
 
-  // ---- Output --------------------------------------------------------------------------
-  const int64_t first_row = place.batch * p.query_tokens();
-  if (!std::is_same_v<T, float> && plan.call.wide_result) {
-    float* result = static_cast<float*>(plan.call.queries) +
-                    (first_row * p.heads + place.head) * p.head_dim;
-    store_partials(result, warp_row, shared.tables.row_token, sums, 1,
-                   p.heads * p.head_dim, p.head_dim);
-    return;
+    for (int32_t box = 0; box < boxes; ++box) {
+      // The box at hand has arrived, and all warps are done with what is overwritten now.
+      ptx::copy_async_wait<0>();
+      __syncthreads();
+      const uint64_t next_columns = copy_box(box + 1);
+      note_box(box + 2);
+      if (__any_sync(kFullWarp, columns != 0)) {
+        const Run* runs = shared.runs[box % 2] + warp_row + lane / 4;
+        const int32_t row_part[2] = {runs[0].image, runs[8].image};
+        Accumulator weights[1][kColumns / 8];
+        get_weights<T>(weights, shared.weights[box % 2], row_part,
+                       shared.columns[box % kTables].part, LaneMask<1>(columns));
+        multiply_columns<T, S::kPrecision, Layout>(sums, weights,
+                                                   ptx::shared_address(shared.key[box % 2]));
+      }
+      columns = next_columns;
+    }
+    ptx::copy_async_wait<0>();
+
+    // ---- Output --------------------------------------------------------------------------
+    const int64_t first_row = place.batch * p.query_tokens();
+    if (!std::is_same_v<T, float> && plan.call.wide_result) {
+      float* result =
+          static_cast<float*>(plan.call.queries) + (first_row * p.heads + head) * p.head_dim;
+      store_partials(result, warp_row, shared.tables.row_token, sums, 1, p.heads * p.head_dim,
+                     p.head_dim);
+    } else {
+      __syncthreads();
+      const float one[1][2] = {{1, 1}};
+      put_rows<T, Layout>(shared.key[0], warp_row, sums, one);
+      store_rows<Layout, S::kWarpRows>(
+          shared.key[0], warp_row, shared.tables.row_token,
+          row_source(plan.call.queries, first_row, head, p.heads, p.head_dim, sizeof(T)));
+    }
+    row.advance(plan);
   }
-  __syncthreads();
-  const float one[1][2] = {{1, 1}};
-  put_rows<T, Layout>(shared.key[0], warp_row, sums, one);
-  store_rows<Layout, S::kWarpRows>(
-      shared.key[0], warp_row, shared.tables.row_token,
-      row_source(plan.call.queries, first_row, place.head, p.heads, p.head_dim, sizeof(T)));
 }
 
 template <typename T, int kDim, Precision kPrecision>
 cudaError_t launch_gather(const UnfusedPlan& plan, cudaStream_t stream) {
   using S = GatherShape<T, kDim, kPrecision>;
   const Problem& p = plan.call.problem;
-  return launch(&gather_kernel<S>, p.batch * p.heads * plan.rows.order.size, S::kThreads,
-                sizeof(typename S::Shared), plan, stream);
+  return launch(&gather_kernel<S>, p.batch * plan.head_parts.value * plan.rows.order.size,
+                S::kThreads, sizeof(typename S::Shared), plan, stream);
 }
 
 }  // namespace jax_na::cuda::gemm

@@ -1,5 +1,5 @@
-// slots = queries keys^T: a CTA owns a tile of queries of one head and visits the keys that they
-// see. The epilogue of a box's product puts every visible element in its slot.
+// slots = queries keys^T: a CTA owns a tile of queries of one head and visits the keys that
+// they see. The epilogue of a box's product puts every visible element in its slot.
 #pragma once
 
 #include <cstdint>
@@ -148,88 +148,96 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   auto& shared = shared_memory<typename S::Shared>();
   const int warp_row = threadIdx.x / kWarpLanes * S::kWarpRows;  // the warp's first one
 
-  const TilePlace place(blockIdx.x, plan.rows, p.window, plan.group, plan.key_heads);
+  const TilePlace place(blockIdx.x, plan.rows, p.window, plan.one, plan.head_parts);
   if (!place.exists(p.query_grid)) return;
 
-  // ---- Tables and queries --------------------------------------------------------------
+  // ---- Tables --------------------------------------------------------------------------
   if (p.head_dim < S::kDim) {
     clear_block<sizeof(shared.query) + sizeof(shared.key), kThreads>(shared.query);
   }
   fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
                                                   place.batch, place.first);
   __syncthreads();
-  copy_rows<Layout, S::kRows, kThreads>(
-      ptx::shared_address(shared.query),
-      row_source(plan.call.queries, place.batch * p.query_tokens(), place.head, p.heads,
-                 p.head_dim, sizeof(T)),
-      shared.tables.row_token);
   ColumnList list;
   list.start<Side::kQueries>(shared.tables, p, plan.rows, LeastKeys(p).count);
   ListView view;
   view.start(shared.tables, plan.rows, list, warp_row);
-  const QueryRow row(plan, place, shared.tables.row_token, warp_row);
+  const int32_t first_head = place.head * plan.cta_heads;
+  QueryRow row(plan, place, first_head, shared.tables.row_token, warp_row);
   const SlotArray<T> array{plan.call.slots, plan.call.wide_result};
-
-  // ---- Walk over the keys --------------------------------------------------------------
-  const RowSource keys = row_source(plan.call.keys, place.batch * p.key_tokens(),
-                                    place.key_head, p.key_heads, p.head_dim, sizeof(T));
   const int32_t boxes = (list.size + kColumns - 1) / kColumns;
   const auto note_box = [&](int32_t box) {
     put_keys(&shared.columns[box % kTables], plan, list, box * kColumns, sizeof(float));
   };
-  const auto copy_box = [&](int32_t box) {
-    if (box < boxes) {
-      copy_rows<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[box % kStages]),
-                                            keys, shared.columns[box % kTables].token);
-    }
-    ptx::copy_async_commit();
-  };
-  note_box(0);
-  note_box(1);
-  __syncthreads();
-  copy_box(0);
-  RowOperand<Layout, 1, S::kQueryHeld> query(ptx::shared_address(shared.query), warp_row);
-  if constexpr (S::kQueryHeld) {
-    ptx::copy_async_wait<0>();
-    __syncthreads();
-    query.hold();
-  }
 
-  for (int32_t box = 0; box < boxes; ++box) {
-    // The box at hand has arrived, and all warps are done with what is overwritten now.
-    ptx::copy_async_wait<0>();
+  for (int32_t head = first_head; head < first_head + plan.cta_heads; ++head) {
+    // ---- Queries -----------------------------------------------------------------------
+    __syncthreads();  // all warps are done with the head before
+    copy_rows<Layout, S::kRows, kThreads>(
+        ptx::shared_address(shared.query),
+        row_source(plan.call.queries, place.batch * p.query_tokens(), head, p.heads,
+                   p.head_dim, sizeof(T)),
+        shared.tables.row_token);
+    note_box(0);
+    note_box(1);
+
+    // ---- Walk over the keys ------------------------------------------------------------
+    const RowSource keys =
+        row_source(plan.call.keys, place.batch * p.key_tokens(), plan.group.quotient(head),
+                   p.key_heads, p.head_dim, sizeof(T));
+    const auto copy_box = [&](int32_t box) {
+      if (box < boxes) {
+        copy_rows<Layout, kColumns, kThreads>(ptx::shared_address(shared.key[box % kStages]),
+                                              keys, shared.columns[box % kTables].token);
+      }
+      ptx::copy_async_commit();
+    };
     __syncthreads();
-    if constexpr (kStages == 2) copy_box(box + 1);
-    note_box(box + 2);
-    const auto& table = shared.columns[box % kTables];
-    const uint64_t columns = view.columns(list, table);
-    const bool visible = __any_sync(kFullWarp, columns != 0);
-    Accumulator product[1][kColumns / 8];
-    if (visible) {
-      clear(product);
-      multiply_rows<T, S::kPrecision>(product, query,
-                                      ptx::shared_address(shared.key[box % kStages]));
-    }
-    if constexpr (kStages == 1) {
+    copy_box(0);
+    RowOperand<Layout, 1, S::kQueryHeld> query(ptx::shared_address(shared.query), warp_row);
+    if constexpr (S::kQueryHeld) {
+      ptx::copy_async_wait<0>();
       __syncthreads();
-      copy_box(box + 1);
+      query.hold();
     }
-    if (visible) {
-      row.template put_run<typename S::Products>(shared.runs, warp_row, columns, table);
-      store_product<S>(array, product, shared.products, shared.runs, warp_row, table.part,
-                       columns);
+
+    for (int32_t box = 0; box < boxes; ++box) {
+      // The box at hand has arrived, and all warps are done with what is overwritten now.
+      ptx::copy_async_wait<0>();
+      __syncthreads();
+      if constexpr (kStages == 2) copy_box(box + 1);
+      note_box(box + 2);
+      const auto& table = shared.columns[box % kTables];
+      const uint64_t columns = view.columns(list, table);
+      const bool visible = __any_sync(kFullWarp, columns != 0);
+      Accumulator product[1][kColumns / 8];
+      if (visible) {
+        clear(product);
+        multiply_rows<T, S::kPrecision>(product, query,
+                                        ptx::shared_address(shared.key[box % kStages]));
+      }
+      if constexpr (kStages == 1) {
+        __syncthreads();
+        copy_box(box + 1);
+      }
+      if (visible) {
+        row.template put_run<typename S::Products>(shared.runs, warp_row, columns, table);
+        store_product<S>(array, product, shared.products, shared.runs, warp_row, table.part,
+                         columns);
+      }
     }
+    ptx::copy_async_wait<0>();
+    clear_empty_slots<S>(array, plan, shared.tables, row, warp_row);
+    row.advance(plan);
   }
-  ptx::copy_async_wait<0>();
-  clear_empty_slots<S>(array, plan, shared.tables, row, warp_row);
 }
 
 template <typename T, int kDim, Precision kPrecision>
 cudaError_t launch_pair(const UnfusedPlan& plan, cudaStream_t stream) {
   using S = PairShape<T, kDim, kPrecision>;
   const Problem& p = plan.call.problem;
-  return launch(&pair_kernel<S>, p.batch * p.heads * plan.rows.order.size, S::kThreads,
-                sizeof(typename S::Shared), plan, stream);
+  return launch(&pair_kernel<S>, p.batch * plan.head_parts.value * plan.rows.order.size,
+                S::kThreads, sizeof(typename S::Shared), plan, stream);
 }
 
 }  // namespace jax_na::cuda::gemm

@@ -44,8 +44,11 @@ struct UnfusedPlan {
   UnfusedCall call;
   TileGrid rows;
   ColumnBox no_box;  // for the tables of a tile: columns are pieces of a list (columns.cuh)
-  Divisor group, key_heads, one;
-  BoxOrder window;              // of slots
+  Divisor one;
+  Divisor group;       // query heads of a key head
+  int32_t cta_heads;   // which one CTA works on, one after the other: of keys in scatter
+  Divisor head_parts;  // into which that cuts the heads
+  BoxOrder window;     // of slots
   int32_t slot_step[kMaxRank];  // slots between neighbours on an axis
 };
 

@@ -1,14 +1,14 @@
 // Where the elements of a product lie among the slots of windows, and how they come there.
 //
-// On every axis a slot is the bias row of its query and key less that of the window's first key,
-// and bias rows are differences of relative class indices (fused/geometry.cuh). So the index of
-// a slot is a sum: a part of the query and a part of the key.
+// On every axis a slot is the bias row of its query and key less that of the window's first
+// key, and bias rows are differences of relative class indices (fused/geometry.cuh). So the
+// index of a slot is a sum: a part of the query and a part of the key.
 //
 // Slots travel between global and shared memory in runs, one of every query: from the slot of
-// the first key at hand to that of the last one. An *image* has a row for every query and a run
-// in it, without change, so that the place of an element in it is a sum of two parts as well.
-// Elements are taken out of an image, or put in it, one by one, where their row sees their
-// column; what else a run may hold has no key.
+// the first key at hand to that of the last one. An *image* has a row for every query and a
+// run in it, without change, so that the place of an element in it is a sum of two parts as
+// well. Elements are taken out of an image, or put in it, one by one, where their row sees
+// their column; what else a run may hold has no key.
 #pragma once
 
 #include <cstdint>
@@ -63,8 +63,8 @@ struct Image {
   }
 };
 
-// Starts to copy kCount runs to the rows of an image from `row` on, in whole chunks: the last one
-// of an array may reach behind it, but not out of the 16 bytes that have its last element.
+// Starts to copy kCount runs to the rows of an image from `row` on, in whole chunks: the last
+// one of an array may reach behind it, but not out of the 16 bytes that have its last element.
 template <class Image, int kCount>
 __device__ __forceinline__ void copy_runs(uint32_t image, int row, const Run* runs,
                                           const typename Image::T* slots) {
@@ -91,8 +91,8 @@ __device__ __forceinline__ void copy_runs(uint32_t image, int row, const Run* ru
 // The weights of a warp's elements, from an image; zeros where a row does not see a column.
 // Parts are those of this lane's rows l / 4 and l / 4 + 8, and of all columns.
 template <typename T, int kNTiles>
-__device__ __forceinline__ void get_weights(Accumulator (&to)[1][kNTiles], const uint8_t* image,
-                                            const int32_t (&row_part)[2],
+__device__ __forceinline__ void get_weights(Accumulator (&to)[1][kNTiles],
+                                            const uint8_t* image, const int32_t (&row_part)[2],
                                             const int32_t* column_part,
                                             const LaneMask<1>& mask) {
   const auto* parts = reinterpret_cast<const int2*>(column_part) + threadIdx.x % 4;
@@ -113,7 +113,7 @@ struct QueryRow {
   int64_t part;             // of the index of a slot
 
   __device__ __forceinline__ QueryRow(const UnfusedPlan& plan, const TilePlace& place,
-                                      const int32_t* row_token, int warp_row) {
+                                      int32_t head, const int32_t* row_token, int warp_row) {
     const Problem& p = plan.call.problem;
     const int own = warp_row + threadIdx.x % 16;
     plan.rows.tile.point(own, start);
@@ -123,8 +123,14 @@ struct QueryRow {
       start[a] += first_bias_row(p.window[a], p.axis_frame(place.batch, a), query);
     }
     const int32_t token = max(row_token[own], ~row_token[own]);
-    first = first_slot(plan, place.batch, token, place.head);
+    first = first_slot(plan, place.batch, token, head);
     part = first - slot_offset(plan, start);
+  }
+
+  // To the next head.
+  __device__ __forceinline__ void advance(const UnfusedPlan& plan) {
+    first += plan.window.size;
+    part += plan.window.size;
   }
 
   // Notes the runs of the warp's rows, of the columns that they see.
@@ -137,7 +143,8 @@ struct QueryRow {
       if (columns != 0) {
         const int32_t from = table.part[__ffsll(columns) - 1];
         const int32_t to = table.part[63 - __clzll(columns)];
-        run = Image::run(own, part + from / Image::kBytes, (to - from) / Image::kBytes + 1, from);
+        run = Image::run(own, part + from / Image::kBytes, (to - from) / Image::kBytes + 1,
+                         from);
       }
       runs[own] = run;
     }

@@ -147,13 +147,38 @@ std::vector<Case> large_cases(bool is_float) {
     int batch, heads, dim, grid[3], kernel[3], of_queries[3], of_keys[2][3];
   };
   const Row rows[] = {
-      {"2-D 64x64 w13", 8, 16, 64, {1, 64, 64}, {1, 13, 13}, {1, 8, 8}, {{1, 4, 16}, {1, 4, 16}}},
+      {"2-D 64x64 w13",
+       8,
+       16,
+       64,
+       {1, 64, 64},
+       {1, 13, 13},
+       {1, 8, 8},
+       {{1, 4, 16}, {1, 4, 16}}},
       {"2-D 56x56 w7", 64, 4, 32, {1, 56, 56}, {1, 7, 7}, {1, 8, 8}, {{1, 8, 8}, {1, 8, 8}}},
-      {"1-D 16384 w1024", 2, 16, 128, {1, 1, 16384}, {1, 1, 1024}, {1, 1, 64},
+      {"1-D 16384 w1024",
+       2,
+       16,
+       128,
+       {1, 1, 16384},
+       {1, 1, 1024},
+       {1, 1, 64},
        {{1, 1, 64}, {1, 1, 56}}},
-      {"2-D 128x128 w33", 2, 16, 128, {1, 128, 128}, {1, 33, 33}, {1, 8, 8},
+      {"2-D 128x128 w33",
+       2,
+       16,
+       128,
+       {1, 128, 128},
+       {1, 33, 33},
+       {1, 8, 8},
        {{1, 3, 21}, {1, 1, 64}}},
-      {"3-D 16x32x32 w9x13x13", 2, 8, 64, {16, 32, 32}, {9, 13, 13}, {4, 4, 4},
+      {"3-D 16x32x32 w9x13x13",
+       2,
+       8,
+       64,
+       {16, 32, 32},
+       {9, 13, 13},
+       {4, 4, 4},
        {{1, 4, 16}, {1, 4, 16}}},
   };
   std::vector<Case> cases;
@@ -214,13 +239,14 @@ Case random_case(uint32_t seed, int element_bytes) {
         fields[1].push_back(draw(-8, length));
         fields[2].push_back(draw(-8, length));
       }
-      for (const auto& field : fields) c.frame.insert(c.frame.end(), field.begin(), field.end());
+      for (const auto& field : fields)
+        c.frame.insert(c.frame.end(), field.begin(), field.end());
     }
     p.frame_batch_stride = per_sample ? 3 * p.rank : 0;
   }
   const int rows = (p.head_dim + 31) / 32 * 32 * element_bytes > 512 ? 32 : 64;
   for (UnfusedTiling* tiling : {&c.of_queries, &c.of_keys}) {
-    int32_t(&tile)[kMaxRank] = tiling->row_tile;
+    int32_t (&tile)[kMaxRank] = tiling->row_tile;
     do {
       for (int a = 0; a < kMaxRank; ++a) {
         tile[a] = a < kMaxRank - p.rank ? 1 : draw(1, draw(0, 1) != 0 ? rows : 8);
@@ -300,10 +326,12 @@ class Check {
     fill(slots_, wide, 3);
     Array<float> result(wide.count());
     time("pair", [&] {
-      return launch(&pair_gemm, queries_.data(), keys_.data(), result.data(), case_.of_queries);
+      return launch(&pair_gemm, queries_.data(), keys_.data(), result.data(),
+                    case_.of_queries);
     });
     time("gather", [&] {
-      return launch(&gather_gemm, result.data(), keys_.data(), slots_.data(), case_.of_queries);
+      return launch(&gather_gemm, result.data(), keys_.data(), slots_.data(),
+                    case_.of_queries);
     });
     time("scatter", [&] {
       return launch(&scatter_gemm, queries_.data(), result.data(), slots_.data(),
@@ -339,9 +367,8 @@ class Check {
   template <class Launch>
   bool compare(const char* product, size_t count, const double* expected, const double* held,
                const Launch& launch) {
-    return case_.wide_result
-               ? compare_as<float>(product, count, expected, held, launch)
-               : compare_as<T>(product, count, expected, held, launch);
+    return case_.wide_result ? compare_as<float>(product, count, expected, held, launch)
+                             : compare_as<T>(product, count, expected, held, launch);
   }
 
   // Twice: all kernels are bitwise equal in every run.
@@ -357,7 +384,7 @@ class Check {
     require(cudaMemcpy(host, sums.data(), sizeof(host), cudaMemcpyDeviceToHost));
     const double error = std::sqrt(host[0] / std::max(host[1], 1e-9));
     std::printf("  %s %.1e", product, error);
-    const double tolerance = std::is_same_v<T, __nv_bfloat16> ? 4e-3
+    const double tolerance = std::is_same_v<T, __nv_bfloat16>                        ? 4e-3
                              : !std::is_same_v<T, float> || !case_.highest_precision ? 1e-3
                                                                                      : 2e-6;
     return host[2] == 0 && error < tolerance && same_again(result, launch);
