@@ -184,7 +184,9 @@ def _row_tile(
         return tiling.boxes / 64 * (1 + slots / 128) + tiling.tiles * per_tile
 
     def tiles() -> Iterator[tuple[int, ...]]:
-        for inner in itertools.product(*(range(1, min(rows, n) + 1) for n in lengths[1:])):
+        for inner in itertools.product(
+            *(range(1, min(rows, n) + 1) for n in lengths[1:])
+        ):
             longest = min(rows // math.prod(inner), lengths[0])
             for first in range(longest, 0, -1):
                 tile = (first, *inner)
