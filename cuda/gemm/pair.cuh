@@ -63,14 +63,12 @@ __device__ __forceinline__ void store_product(const SlotArray<typename S::T>& ar
                                               const int32_t* column_part, uint64_t columns) {
   using Image = typename S::Products;
   const int lane = threadIdx.x % kWarpLanes;
-  const LaneMask<1> mask(columns);
   const int32_t row_part[2] = {runs[warp_row + lane / 4].image,
                                runs[warp_row + lane / 4 + 8].image};
-  const auto* parts = reinterpret_cast<const int2*>(column_part) + lane % 4;
-  for_each_element(product, [&](float x, int m, int half, int n, int i) {
-    const int32_t part = row_part[half] + (i == 0 ? parts[4 * n].x : parts[4 * n].y);
-    if (mask.test(m, half, n, i)) *reinterpret_cast<float*>(image + part) = x;
-  });
+  for_each_place(product, row_part, column_part, LaneMask<1>(columns),
+                 [&](float x, int32_t at, bool seen) {
+                   if (seen) *reinterpret_cast<float*>(image + at) = x;
+                 });
   __syncwarp();
   // Half of the warp takes a row, which on average has too few slots for all of it.
   constexpr int kLanes = kWarpLanes / 2;

@@ -32,8 +32,11 @@ struct Shape {
   static constexpr int kWarpRows = 16;
   static_assert(kRows == kWarps * kWarpRows && kRows <= 2 * kColumns);
 
-  // CTAs per multiprocessor whose registers fit.
-  static constexpr int kResident = kDim <= 64 ? 4 : kDim <= 128 ? 3 : 2;
+  // CTAs per multiprocessor whose registers fit, and shared memory on an H100.
+  static constexpr int kResident = Layout::kRowBytes <= 64    ? 5
+                                   : Layout::kRowBytes <= 128 ? 4
+                                   : kDim <= 128              ? 3
+                                                              : 2;
 };
 
 // Slots of one query between those of the first and of the last key of a tile, both included,

@@ -23,6 +23,7 @@ struct ScatterShape : Shape<T, kDim, kPrecision> {
   using Base = Shape<T, kDim, kPrecision>;
   using typename Base::Layout;
   using Weights = Image<T, most_spanned(sizeof(T)), true>;
+  static constexpr int kResident = Base::kResident < 4 ? Base::kResident : 4;
 
   struct Shared {
     alignas(

@@ -88,19 +88,29 @@ __device__ __forceinline__ void copy_runs(uint32_t image, int row, const Run* ru
   }
 }
 
+// Calls fn(element, place, seen) for the elements of a product of one warp, with their places
+// in an image. Parts of places are those of this lane's rows l / 4 and l / 4 + 8, and of all
+// columns.
+template <int kNTiles, class Fn>
+__device__ __forceinline__ void for_each_place(Accumulator (&product)[1][kNTiles],
+                                               const int32_t (&row_part)[2],
+                                               const int32_t* column_part,
+                                               const LaneMask<1>& mask, const Fn& fn) {
+  const auto* parts = reinterpret_cast<const int2*>(column_part) + threadIdx.x % 4;
+  for_each_element(product, [&](float& element, int m, int half, int n, int i) {
+    const int2 pair = parts[4 * n];
+    fn(element, row_part[half] + (i == 0 ? pair.x : pair.y), mask.test(m, half, n, i));
+  });
+}
+
 // The weights of a warp's elements, from an image; zeros where a row does not see a column.
-// Parts are those of this lane's rows l / 4 and l / 4 + 8, and of all columns.
 template <typename T, int kNTiles>
 __device__ __forceinline__ void get_weights(Accumulator (&to)[1][kNTiles],
                                             const uint8_t* image, const int32_t (&row_part)[2],
                                             const int32_t* column_part,
                                             const LaneMask<1>& mask) {
-  const auto* parts = reinterpret_cast<const int2*>(column_part) + threadIdx.x % 4;
-  for_each_element(to, [&](float& weight, int m, int half, int n, int i) {
-    const int32_t part = row_part[half] + (i == 0 ? parts[4 * n].x : parts[4 * n].y);
-    weight = mask.test(m, half, n, i)
-                 ? static_cast<float>(*reinterpret_cast<const T*>(image + part))
-                 : 0.0f;
+  for_each_place(to, row_part, column_part, mask, [&](float& weight, int32_t at, bool seen) {
+    weight = seen ? static_cast<float>(*reinterpret_cast<const T*>(image + at)) : 0.0f;
   });
 }
 

@@ -386,7 +386,7 @@ class Check {
     std::printf("  %s %.1e", product, error);
     const double tolerance = std::is_same_v<T, __nv_bfloat16>                        ? 4e-3
                              : !std::is_same_v<T, float> || !case_.highest_precision ? 1e-3
-                                                                                     : 2e-6;
+                                                                                     : 1e-5;
     return host[2] == 0 && error < tolerance && same_again(result, launch);
   }
 
