@@ -22,12 +22,12 @@ template <typename T, int kDim, Precision kPrecision>
 struct GatherShape : Shape<T, kDim, kPrecision> {
   using Base = Shape<T, kDim, kPrecision>;
   using typename Base::Layout;
-  using Weights = Image<T, Base::kColumns, true>;
+  using Weights = WeightImages<Image<T, Base::kColumns, true>, Base::kRows>;
 
   struct Shared {
     alignas(128) uint8_t key[2][Base::kColumns * Layout::kRowBytes];  // the result in the end
-    alignas(16) uint8_t weights[2][Base::kRows * Weights::kRowBytes];
-    Run runs[2][Base::kRows];
+    Weights weights;
+    Run runs[2 * Base::kRows];  // of the rows of the images
     ColumnTable<Base::kColumns> columns[kTables];
     TileTables<Base::kRows> tables;
   };
@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
 
   const TilePlace place(blockIdx.x, plan.rows, p.window, plan.one, plan.head_parts);
   if (!place.exists(p.query_grid)) return;
+  shared.weights.start();
   fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
                                                   place.batch, place.first);
   __syncthreads();
@@ -76,9 +77,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
                                               table.token);
         columns = view.columns(list, table);
         if (__any_sync(kFullWarp, columns != 0)) {
-          row.template put_run<Weights>(shared.runs[box % 2], warp_row, columns, table);
-          copy_runs<Weights, S::kWarpRows>(ptx::shared_address(shared.weights[box % 2]),
-                                           warp_row, shared.runs[box % 2], slots);
+          const int image_row = box % 2 * S::kRows + warp_row;
+          row.template put_run<typename Weights::Image>(shared.runs, image_row, columns,
+                                                        table);
+          copy_runs<typename Weights::Image, S::kWarpRows>(
+              ptx::shared_address(shared.weights.rows), image_row, shared.runs, slots);
         }
       }
       ptx::copy_async_commit();
@@ -99,11 +102,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       const uint64_t next_columns = copy_box(box + 1);
       note_box(box + 2);
       if (__any_sync(kFullWarp, columns != 0)) {
-        const Run* runs = shared.runs[box % 2] + warp_row + lane / 4;
+        const Run* runs = shared.runs + box % 2 * S::kRows + warp_row + lane / 4;
         const int32_t row_part[2] = {runs[0].image, runs[8].image};
         Accumulator weights[1][kColumns / 8];
-        get_weights<T>(weights, shared.weights[box % 2], row_part,
-                       shared.columns[box % kTables].part, LaneMask<1>(columns));
+        shared.weights.get(weights, row_part, shared.columns[box % kTables].part,
+                           LaneMask<1>(columns));
         multiply_columns<T, S::kPrecision, Layout>(sums, weights,
                                                    ptx::shared_address(shared.key[box % 2]));
       }

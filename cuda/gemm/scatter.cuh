@@ -22,13 +22,13 @@ template <typename T, int kDim, Precision kPrecision>
 struct ScatterShape : Shape<T, kDim, kPrecision> {
   using Base = Shape<T, kDim, kPrecision>;
   using typename Base::Layout;
-  using Weights = Image<T, most_spanned(sizeof(T)), true>;
+  using Weights = WeightImages<Image<T, most_spanned(sizeof(T)), true>, Base::kColumns>;
   static constexpr int kResident = Base::kResident < 4 ? Base::kResident : 4;
 
   struct Shared {
     alignas(
         128) uint8_t query[2][Base::kColumns * Layout::kRowBytes];  // the result in the end
-    alignas(16) uint8_t weights[2][Base::kColumns * Weights::kRowBytes];
+    Weights weights;
     Run runs[kTables][Base::kColumns];
     ColumnTable<Base::kColumns> columns[kTables];
     AxisFrame frame[kMaxRank];
@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
 
   const TilePlace place(blockIdx.x, plan.rows, p.window, plan.one, plan.head_parts);
   if (!place.exists(p.key_grid)) return;
+  shared.weights.start();
   fill_tables<Side::kKeys, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
                                                place.batch, place.first);
   if (threadIdx.x < kMaxRank) {
@@ -134,9 +135,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       if (token != kNoToken) {
         const int32_t relative[kMaxRank] = {
             list.tokens.lo[0] + at[0], list.tokens.lo[1] + at[1], list.tokens.lo[2] + at[2]};
-        run = run_in_tile<Weights>(plan, shared.frame, shared.tables.origin, relative,
-                                   first_slot(plan, place.batch, token, head_of(queries)),
-                                   threadIdx.x);
+        run = run_in_tile<typename Weights::Image>(
+            plan, shared.frame, shared.tables.origin, relative,
+            first_slot(plan, place.batch, token, head_of(queries)),
+            queries.box % 2 * kColumns + threadIdx.x);
       }
       shared.runs[queries.box % kTables][threadIdx.x] = run;
       shared.columns[queries.box % kTables].put(list, queries.first_column + threadIdx.x, at,
@@ -150,9 +152,10 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
                        p.heads, p.head_dim, sizeof(T)),
             shared.columns[queries.box % kTables].token);
         constexpr int kShare = kColumns / S::kWarps;  // of the runs
-        copy_runs<Weights, kShare>(ptx::shared_address(shared.weights[queries.box % 2]),
-                                   warp * kShare, shared.runs[queries.box % kTables],
-                                   static_cast<const T*>(plan.call.slots));
+        copy_runs<typename Weights::Image, kShare>(
+            ptx::shared_address(shared.weights.rows[queries.box % 2 * kColumns]),
+            warp * kShare, shared.runs[queries.box % kTables],
+            static_cast<const T*>(plan.call.slots));
       }
       ptx::copy_async_commit();
     };
@@ -180,8 +183,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       const uint64_t columns = view.columns(list, table);
       if (__any_sync(kFullWarp, columns != 0)) {
         Accumulator weights[1][kColumns / 8];
-        get_weights<T>(weights, shared.weights[box % 2], row_part, table.part,
-                       LaneMask<1>(columns));
+        shared.weights.get(weights, row_part, table.part, LaneMask<1>(columns));
         multiply_columns<T, S::kPrecision, Layout>(sums, weights,
                                                    ptx::shared_address(shared.query[box % 2]));
       }

@@ -103,16 +103,31 @@ __device__ __forceinline__ void for_each_place(Accumulator (&product)[1][kNTiles
   });
 }
 
-// The weights of a warp's elements, from an image; zeros where a row does not see a column.
-template <typename T, int kNTiles>
-__device__ __forceinline__ void get_weights(Accumulator (&to)[1][kNTiles],
-                                            const uint8_t* image, const int32_t (&row_part)[2],
-                                            const int32_t* column_part,
-                                            const LaneMask<1>& mask) {
-  for_each_place(to, row_part, column_part, mask, [&](float& weight, int32_t at, bool seen) {
-    weight = seen ? static_cast<float>(*reinterpret_cast<const T*>(image + at)) : 0.0f;
-  });
-}
+// Two images of weights, of the box at hand and of the next one. Rows count through both of
+// them, so that places do not depend on the box.
+template <class Image_, int kRows_>
+struct WeightImages {
+  using Image = Image_;
+  static constexpr int kRows = kRows_;
+  alignas(16) uint8_t rows[2 * kRows][Image::kRowBytes];
+  uint8_t zeros[kChunkBytes];  // where the weights are that a row does not see
+
+  __device__ __forceinline__ void start() {
+    if (threadIdx.x < kChunkBytes) zeros[threadIdx.x] = 0;
+  }
+
+  // The weights of a warp's elements. All are loaded, so that none waits for another.
+  template <int kNTiles>
+  __device__ __forceinline__ void get(Accumulator (&to)[1][kNTiles],
+                                      const int32_t (&row_part)[2], const int32_t* column_part,
+                                      const LaneMask<1>& mask) const {
+    for_each_place(to, row_part, column_part, mask, [&](float& weight, int32_t at, bool seen) {
+      const int32_t place = seen ? at : int32_t{sizeof(rows)};
+      const auto* from = reinterpret_cast<const uint8_t*>(this) + place;
+      weight = static_cast<float>(*reinterpret_cast<const typename Image::T*>(from));
+    });
+  }
+};
 
 // ---- Rows are queries ----------------------------------------------------------------
 
@@ -143,7 +158,8 @@ struct QueryRow {
     part += plan.window.size;
   }
 
-  // Notes the runs of the warp's rows, of the columns that they see.
+  // Notes the runs of the warp's rows, of the columns that they see; `warp_row` is the first
+  // of the image.
   template <class Image, int kColumns>
   __device__ __forceinline__ void put_run(Run* runs, int warp_row, uint64_t columns,
                                           const ColumnTable<kColumns>& table) const {
