@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from jax_na import (
     _support,
     _tiling,
     _unfused,
+    _window,
     _xla,
 )
 from jax_na._native import Kind, Result
@@ -131,10 +134,7 @@ def _native_product(
 def _tiles(
     problem: Problem, grid: tuple[int, ...], channels: int, dtype: Any, by_key: bool
 ) -> _native.Attributes:
-    """The boxes of a product whose rows are the tokens of ``grid``."""
-    # Longer rows of channels leave shared memory for half a tile (cuda/gemm/plans.cuh).
-    size = 64 if channels * dtype.itemsize <= 512 else 32
-    plan = _tiling.plan_rows_are_keys if by_key else _tiling.plan_rows_are_queries
+    """The tile of a product whose rows are the tokens of ``grid``."""
     axes = tuple(
         _tiling.Axis(*parameters)
         for parameters in zip(
@@ -146,12 +146,55 @@ def _tiles(
             strict=True,
         )
     )
-    tiling = plan(axes, ((size, size),))
+    # Longer rows of channels leave shared memory for half a tile (cuda/gemm/plans.cuh).
+    rows = 64 if channels * dtype.itemsize <= 512 else 32
+    most_spanned = 224 // dtype.itemsize if by_key else None
     return (
-        ("row_tile", tiling.row_tile),
-        ("column_box", tiling.column_box),
+        ("row_tile", _row_tile(axes, rows, most_spanned)),
+        ("column_box", (1,) * len(axes)),  # columns are visited as a list
         ("highest_precision", problem.precision is jax.lax.Precision.HIGHEST),
     )
+
+
+def _spanned(axes: tuple[_tiling.Axis, ...], tile: tuple[int, ...]) -> int:
+    """Slots of a query from that of the first key of a tile to that of the last one."""
+    last = 0
+    for axis, extent in zip(axes, tile, strict=True):
+        last = last * axis.kernel_size + min(extent, axis.kernel_size) - 1
+    return last + 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_tile(
+    axes: tuple[_tiling.Axis, ...], rows: int, most_spanned: int | None
+) -> tuple[int, ...]:
+    """The cheapest tile of ``rows`` tokens or fewer.
+
+    They are queries where ``most_spanned`` is None, else keys, and then it is what
+    :func:`_spanned` may be: every query brings so many slots, be they of the tile or not.
+    """
+    interval = _window.key_interval if most_spanned is None else _window.query_interval
+    lengths = [axis.longest_box[0] for axis in axes]
+
+    def cost(tile: tuple[int, ...]) -> float:
+        # In boxes of one column these are all columns that tiles visit.
+        tiling = _tiling.count(axes, interval, tile, (1,) * len(axes), rows, 1)
+        slots = 0 if most_spanned is None else _spanned(axes, tile)
+        per_tile = _tiling.CostModel().tile
+        return tiling.boxes / 64 * (1 + slots / 128) + tiling.tiles * per_tile
+
+    def tiles() -> Iterator[tuple[int, ...]]:
+        for inner in itertools.product(
+            *(range(1, min(rows, n) + 1) for n in lengths[1:])
+        ):
+            longest = min(rows // math.prod(inner), lengths[0])
+            for first in range(longest, 0, -1):
+                tile = (first, *inner)
+                if most_spanned is None or _spanned(axes, tile) <= most_spanned:
+                    yield tile
+                    break
+
+    return min(tiles(), key=cost)
 
 
 # ---- Rules ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_na
-from jax_na import _ops, _plan, _reference, _tiling, _window
+from jax_na import _ops, _plan, _reference, _tiling, _unfused_lowering, _window
 
 
 def _visible(axis: _tiling.Axis) -> np.ndarray:
@@ -244,3 +244,39 @@ def test_scratch_memory(batch: tuple[int, ...]) -> None:
         shape = _plan.workspace_shape(plan, problem, operands, wrt, True)
         found = None if shape is None else math.prod(shape) // 3
         assert found == expected
+
+
+# ---- Unfused products ----------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3).flatmap(lambda rank: _axes(rank, 20)), st.sampled_from([56, 112])
+)
+@settings(max_examples=40, deadline=None)
+def test_tiles_of_keys_fit_an_image(axes: Any, most_spanned: int) -> None:
+    """Wherever a window lies, its slots from a tile's first key to the last are few."""
+    tile = _unfused_lowering._row_tile(axes, 64, most_spanned)
+    assert math.prod(tile) <= 64
+    kernel_size = tuple(axis.kernel_size for axis in axes)
+    most = 0
+    for starts in itertools.product(
+        *(range(1 - k, extent) for k, extent in zip(kernel_size, tile, strict=True))
+    ):
+        bounds = [
+            (max(0, start) - start, min(extent, start + k) - 1 - start)
+            for start, k, extent in zip(starts, kernel_size, tile, strict=True)
+        ]
+        first, last = (np.ravel_multi_index(at, kernel_size) for at in zip(*bounds))
+        most = max(most, int(last - first) + 1)
+    assert most == _unfused_lowering._spanned(axes, tile) <= most_spanned
+
+
+@pytest.mark.parametrize(
+    ("length", "kernel_size", "tile"),
+    [(64, 13, (8, 8)), (128, 33, (8, 8)), (256, 3, (8, 8))],
+)
+def test_tiles_of_queries_are_compact(
+    length: int, kernel_size: int, tile: tuple[int, ...]
+) -> None:
+    axes = (_tiling.Axis(length, kernel_size, 1, 1, False),) * 2
+    assert _unfused_lowering._row_tile(axes, 64, None) == tile
