@@ -23,16 +23,17 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, boo
                "r"(valid ? 16 : 0));
 }
 
-// The same where `wanted`, else nothing, without a branch.
+// The same where `wanted`, else nothing, without a branch; `bytes` of the source are read, and the
+// rest becomes zeros.
 __device__ __forceinline__ void copy_async_16_if(bool wanted, uint32_t to, const void* from,
-                                                 bool valid) {
+                                                 int32_t bytes) {
   asm volatile(
       "{\n"
       ".reg .pred wanted;\n"
       "setp.ne.s32 wanted, %3, 0;\n"
       "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n"
       "}\n" ::"r"(to),
-      "l"(from), "r"(valid ? 16 : 0), "r"(static_cast<int32_t>(wanted)));
+      "l"(from), "r"(bytes), "r"(static_cast<int32_t>(wanted)));
 }
 
 // cp.async.commit_group

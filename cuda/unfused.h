@@ -48,13 +48,11 @@ cudaError_t scatter_naive(const UnfusedCall& call, cudaStream_t stream);
 // count.
 struct UnfusedTiling {
   int32_t row_tile[kMaxRank];
-  int32_t column_box[kMaxRank];  // ignored: columns are visited as a list
 };
 
 // Batched matrix products on tensor cores. Element types kF16, kBF16 and kF32; head_dim a
 // multiple of 8 up to 256; fewer than 2^31 - 1 tokens per sample and 2^24 slots per query.
-// `highest_precision` is for kF32: without it products are TF32. Arrays are aligned to 16 bytes;
-// slots are read in whole chunks of 16 bytes, the last of which may reach behind the array.
+// `highest_precision` is for kF32: without it products are TF32. Arrays are aligned to 16 bytes.
 // cudaErrorInvalidValue where a problem or a tiling is outside these bounds (tile sizes, and for
 // scatter the slots that a tile spans: gemm/plans.cuh).
 cudaError_t pair_gemm(const UnfusedCall& call, const UnfusedTiling& tiling,

@@ -7,7 +7,7 @@
 //
 //   kernel_size, stride, dilation, is_causal (0 or 1)   int64 [rank]
 //   has_frame, heads_leading                            bool
-//   row_tile, column_box (gemm)                         int64 [rank]
+//   row_tile (gemm)                                     int64 [rank]
 //   highest_precision (gemm)                            bool
 //
 // Shapes: queries and slots as decode.h has the query, keys as the key. The operands have one
@@ -93,14 +93,12 @@ inline bool decode(const ffi::RemainingArgs& args, const ffi::RemainingRets& ret
   return anything_to_write(rets);
 }
 
-// The boxes of a plan, one extent per axis of the caller.
+// The tile of a plan, one extent per axis of the caller.
 inline cuda::UnfusedTiling unfused_tiling(const ffi::Dictionary& attributes, const Problem& p) {
-  cuda::UnfusedTiling tiling = {{1, 1, 1}, {1, 1, 1}};
+  cuda::UnfusedTiling tiling = {{1, 1, 1}};
   const Shape rows = integers(attributes, "row_tile", p.rank);
-  const Shape columns = integers(attributes, "column_box", p.rank);
   for (int a = 0; a < p.rank; ++a) {
     tiling.row_tile[kMaxRank - p.rank + a] = to_size("row_tile", rows[a], 1);
-    tiling.column_box[kMaxRank - p.rank + a] = to_size("column_box", columns[a], 1);
   }
   return tiling;
 }

@@ -92,7 +92,7 @@ def _fused_backward(
         Launch("delta", 0),
         Launch("dquery", _shared_memory.dquery(row_bytes, shape, entries)),
     ]
-    if plan.dbias is not None:
+    if plan.dbias is not None and entries is not None:
         shape = (plan.dbias.rows, plan.dbias.columns)
         found.append(Launch("dbias", _shared_memory.dbias(row_bytes, shape, entries)))
         if plan.bias_splits > 1:
@@ -141,11 +141,26 @@ def hopper_launches(
             ]
         else:
             own = [Launch(name, _HOPPER_SHARED) for name in ("dquery", "dkey, dvalue")]
-            # Kernels of wide heads make it beside the gradient of the query.
-            if _tiling_sm90.DQUERY.padded(_channels(operands)) < 64:
+            if not _dquery_makes_delta(problem, operands, tilings["dquery"]):
                 own.insert(0, Launch("delta", 0))
         backward = (*own, *rest)
     return forward, backward
+
+
+def _dquery_makes_delta(
+    problem: Problem, operands: Operands, tiling: _tiling_sm90.Tiling
+) -> bool:
+    """As in ``cuda/sm90/backward.cu``: by the most boxes that a tile visits."""
+    if _tiling_sm90.DQUERY.padded(_channels(operands)) < 64:
+        return False
+    boxes = 1
+    grid = operands.key.shape[-problem.rank - 2 : -2]
+    for axis, length in enumerate(grid):
+        rows = tiling.row_box[axis] * (tiling.kernel.groups if axis == 0 else 1)
+        seen = rows + problem.kernel_size[axis] + problem.stride[axis] - 2
+        most = min(seen, -(-length // problem.dilation[axis]))
+        boxes *= -(-most // tiling.column_box[axis])
+    return boxes >= 12
 
 
 # ---- Products ------------------------------------------------------------------------
@@ -158,16 +173,23 @@ def _gemm(operands: Operands) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     def product(function: str, name: str, channels: int) -> Launch:
         padded = next(dim for dim in (32, 64, 128, 256) if channels <= dim)
         row_bytes = padded * element
-        tokens = 64 if row_bytes <= 512 else 32  # of the rows, and of the columns
+        rows = 64 if row_bytes <= 512 else 32
+        columns = 64 if row_bytes <= 256 else 32
+        tables = 3 * (8 * columns + 12 * columns // 32)
+        run = 16
         if function == "pair":
-            stages = 2 if row_bytes <= 256 else 1
-            size = (1 + stages) * tokens * row_bytes + 4 * tokens * tokens
+            stages = 2 if row_bytes <= 512 else 1
+            size = (rows + stages * columns) * row_bytes
+            size += rows * (4 * columns + 16 + run)
         elif function == "gather":
-            size = 2 * tokens * row_bytes + element * tokens * tokens
+            size = 2 * columns * row_bytes + 2 * rows * (element * columns + 16 + run)
+            size += 16  # zeros
         else:
-            size = 2 * tokens * (row_bytes + 8) + 64
+            size = 2 * columns * (row_bytes + 240) + 3 * columns * run + 16
+            tables += 60  # frame
+        tables += -tables % 8
         return Launch(
-            name, _shared_memory.aligned(size + _shared_memory.tables(tokens))
+            name, _shared_memory.aligned(size + tables + _shared_memory.tables(rows))
         )
 
     scores = product("pair", "scores", head_dim)

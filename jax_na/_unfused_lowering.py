@@ -151,7 +151,6 @@ def _tiles(
     most_spanned = 224 // dtype.itemsize if by_key else None
     return (
         ("row_tile", _row_tile(axes, rows, most_spanned)),
-        ("column_box", (1,) * len(axes)),  # columns are visited as a list
         ("highest_precision", problem.precision is jax.lax.Precision.HIGHEST),
     )
 

@@ -160,10 +160,10 @@ FUSED_SHARED = {
     (192, 4): (75776, 99968, 100480, 104704, 100864),
 }
 GEMM_SHARED = {
-    (32, 2): (30848, 18560, 11392),
-    (256, 2): (84096, 75904, 68736),
-    (64, 4): (67712, 51328, 35968),
-    (256, 4): (71296, 71296, 67712),
+    (32, 2): (34432, 32384, 45824),
+    (256, 2): (78720, 48000, 52736),
+    (64, 4): (71296, 73344, 70400),
+    (256, 4): (73088, 78208, 84992),
 }
 
 
@@ -335,16 +335,17 @@ def test_launches_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         channels: int, deterministic: bool = True, **options: Any
     ) -> tuple[list[str], list[str]]:
         tokens = jax.ShapeDtypeStruct((2, 64, 64, 4, channels), jnp.bfloat16)
+        options = {"kernel_size": (9, 9), **options}
         options["deterministic_grads"] = deterministic
-        explanation = jax_na.explain(
-            tokens, tokens, tokens, (9, 9), platform="cuda", **options
-        )
+        explanation = jax_na.explain(tokens, tokens, tokens, platform="cuda", **options)
         passes = explanation.hopper.forward, explanation.hopper.backward
         forward, backward = ([launch.kernel for launch in found] for found in passes)
         return forward, backward
 
     own = ["dquery", "dkey, dvalue"]
-    assert launches(64) == (["forward"], own)
+    assert launches(64) == (["forward"], ["delta", *own])
+    assert launches(128) == (["forward"], ["delta", *own])
+    assert launches(128, kernel_size=(33, 33)) == (["forward"], own)
     force_tier(monkeypatch, "at_once")
     assert launches(64, deterministic=False) == (
         ["forward"],
@@ -356,7 +357,7 @@ def test_launches_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         additional_keys=jnp.ones((2, 3, 4, 64), jnp.bfloat16),
         additional_values=jnp.ones((2, 3, 4, 64), jnp.bfloat16),
     )
-    assert backward[:3] == [*own, "dbias"]
+    assert backward[:4] == ["delta", *own, "dbias"]
     assert "dadditional_key, dadditional_value" in backward
     assert launches(256) == (["forward"], ["delta", "dquery", "dkey", "dvalue"])
     assert launches(32)[1] == ["delta", *own]

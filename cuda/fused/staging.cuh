@@ -151,7 +151,7 @@ struct ColumnCopy {
       for (int g = 0; g < Share::kGroups; ++g) {
         const bool in_row = share.chunk + g * Layout::kGroup < source[i].chunks;
         ptx::copy_async_16_if(wanted && in_row, block[i] + at + g * kGroupBytes,
-                              from + g * kGroupBytes, exists);
+                              from + g * kGroupBytes, exists ? kChunkBytes : 0);
       }
     }
   }

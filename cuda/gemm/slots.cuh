@@ -63,8 +63,7 @@ struct Image {
   }
 };
 
-// Starts to copy kCount runs to the rows of an image from `row` on, in whole chunks: the last
-// one of an array may reach behind it, but not out of the 16 bytes that have its last element.
+// Starts to copy kCount runs to the rows of an image from `row` on.
 template <class Image, int kCount>
 __device__ __forceinline__ void copy_runs(uint32_t image, int row, const Run* runs,
                                           const typename Image::T* slots) {
@@ -83,7 +82,8 @@ __device__ __forceinline__ void copy_runs(uint32_t image, int row, const Run* ru
       ptx::copy_async_16_if(
           bytes > chunk * kChunkBytes,
           image + pass * kRunsPerPass * Image::kRowBytes + chunk * kChunkBytes,
-          slots + run.first + chunk * Image::kPerChunk, true);
+          slots + run.first + chunk * Image::kPerChunk,
+          min(bytes - chunk * kChunkBytes, kChunkBytes));
     }
   }
 }

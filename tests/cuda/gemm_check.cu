@@ -195,7 +195,6 @@ std::vector<Case> large_cases(bool is_float) {
       p.window[a] = AxisWindow{row.kernel[a], 1, 1, false};
       c.of_queries.row_tile[a] = row.of_queries[a];
       c.of_keys.row_tile[a] = row.of_keys[is_float][a];
-      c.of_queries.column_box[a] = c.of_keys.column_box[a] = 1;
     }
     c.wide_result = true;
     cases.push_back(c);
@@ -250,7 +249,6 @@ Case random_case(uint32_t seed, int element_bytes) {
     do {
       for (int a = 0; a < kMaxRank; ++a) {
         tile[a] = a < kMaxRank - p.rank ? 1 : draw(1, draw(0, 1) != 0 ? rows : 8);
-        tiling->column_box[a] = 1;
       }
     } while (tile[0] * tile[1] * tile[2] > rows ||
              (tiling == &c.of_keys && spanned(p, tile) > 224 / element_bytes));
