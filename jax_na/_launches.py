@@ -151,7 +151,7 @@ def _dquery_makes_delta(
     problem: Problem, operands: Operands, tiling: _tiling_sm90.Tiling
 ) -> bool:
     """As in ``cuda/sm90/backward.cu``: by the most boxes that a tile visits."""
-    if _tiling_sm90.DQUERY.padded(_channels(operands)) < 64:
+    if _tiling_sm90.DQUERY.padded(_channels(operands)) < 96:
         return False
     boxes = 1
     grid = operands.key.shape[-problem.rank - 2 : -2]
@@ -175,7 +175,7 @@ def _gemm(operands: Operands) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
         row_bytes = padded * element
         rows = 64 if row_bytes <= 512 else 32
         columns = 64 if row_bytes <= 256 else 32
-        tables = 3 * (8 * columns + 12 * columns // 32)
+        tables = 3 * _shared_memory.aligned(8 * columns + 12 * columns // 32, 8)
         run = 16
         if function == "pair":
             stages = 2 if row_bytes <= 512 else 1

@@ -59,12 +59,11 @@ struct ColumnList {
 constexpr int kTables = 3;  // boxes
 
 template <int kColumns>
-struct ColumnTable {
+struct alignas(8) ColumnTable {  // parts are read in pairs
   static constexpr int kWords = kColumns / kWarpLanes;
   int32_t token[kColumns];  // or kNoToken
   int32_t part[kColumns];   // of the place of a slot in an image (slots.cuh)
-  int32_t phase[kWords]
-               [kMaxRank];  // place of the first of 32 columns in the period of an axis
+  int32_t phase[kWords][kMaxRank];  // of the first of 32 columns, in the period of an axis
 
   __device__ __forceinline__ void put(const ColumnList& list, int32_t index,
                                       const int32_t (&at)[kMaxRank], int32_t column_part) {
@@ -93,8 +92,7 @@ __device__ __forceinline__ uint32_t interval_bits(int32_t lo, int32_t hi) {
 // interval that comes again with every period.
 struct ListView {
   int32_t begin[kMaxRank], end[kMaxRank];  // in the first period
-  uint32_t
-      again[kMaxRank];  // in the first 32 columns of a period and, if it is short, of others
+  uint32_t again[kMaxRank];  // of the first 32 columns of a period, and of short ones after it
 
   template <int kRows>
   __device__ __forceinline__ void start(const TileTables<kRows>& tables, const TileGrid& grid,

@@ -26,8 +26,7 @@ struct ScatterShape : Shape<T, kDim, kPrecision> {
   static constexpr int kResident = Base::kResident < 4 ? Base::kResident : 4;
 
   struct Shared {
-    alignas(
-        128) uint8_t query[2][Base::kColumns * Layout::kRowBytes];  // the result in the end
+    alignas(128) uint8_t query[2][Base::kColumns * Layout::kRowBytes];  // result in the end
     Weights weights;
     Run runs[kTables][Base::kColumns];
     ColumnTable<Base::kColumns> columns[kTables];

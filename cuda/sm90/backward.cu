@@ -10,12 +10,12 @@ using namespace sm90;
 
 namespace {
 
-// Whether the kernel for dquery makes delta, too. It takes a spare warp 10 to 20 us per tile,
-// about the time of so many boxes.
+// Whether the kernel for dquery makes delta, too. It takes a spare warp some 20 us per tile, about
+// the time of so many boxes.
 bool dquery_makes_delta(const BackwardCall& call, const HopperTiling& tiling) {
   constexpr int64_t kBoxes = 12;
   const Problem& p = call.problem;
-  if (call.dquery == nullptr || padded_dim(p) < 64) return false;
+  if (call.dquery == nullptr || padded_dim(p) < 96) return false;
   int64_t boxes = 1;
   for (int a = 0; a < kMaxRank; ++a) {
     const AxisWindow& w = p.window[a];

@@ -42,9 +42,9 @@ struct DQueryPass {
     return none;
   }
 
-  // Where a pipeline has a warp to spare.
+  // Where tiles take long enough, and a warpgroup has a warp to spare.
   template <int kDim>
-  static constexpr bool kReadsRows = kDim >= 64;
+  static constexpr bool kReadsRows = kDim >= 96;
   template <class S>
   static __device__ __forceinline__ void read_rows(const Plan& plan,
                                                    Shared<DQueryPass, S>& shared, int index);
