@@ -385,21 +385,21 @@ class Job(NamedTuple):
         return {choice: farm.result(future) for choice, future in self.futures.items()}
 
 
-def choose_algorithms(case: Case) -> None:
+def choose_algorithms(case: Case, passes: Sequence[str]) -> None:
     """Compiles the case's convolutions and matrix products, in a model that is shallow.
 
     For a GPU, XLA times the algorithms that there are for each, and notes what it chose in
     the folder that XLA_FLAGS names: other programs find it there.
     """
-    for kind in PASSES:
+    for kind in passes:
         shallow = dataclasses.replace(case, shallow=True)
         compile_program(shallow, "naive", kind, quick=True)
 
 
-def tune(case: Case, workers: farm.Farm) -> None:
+def tune(case: Case, passes: Sequence[str], workers: farm.Farm) -> None:
     """Makes those choices while no other process uses the GPU."""
     began = time.monotonic()
-    future = workers.submit(choose_algorithms, case)
+    future = workers.submit(choose_algorithms, case, passes)
     workers.wait([future])
     error = farm.result(future) or ""
     passed = time.monotonic() - began
@@ -409,6 +409,7 @@ def tune(case: Case, workers: farm.Farm) -> None:
 def jobs(
     cases: Sequence[Case],
     implementations: Sequence[str],
+    passes: Sequence[str],
     workers: farm.Farm,
     *,
     ahead: int,
@@ -428,9 +429,9 @@ def jobs(
             case, profile = todo.pop(0)
             sizes = models.CONFIGS[case.model].embed_dim, case.size, case.dtype
             if sizes not in tuned and jax.default_backend() != "cpu":
-                tune(case, workers)
+                tune(case, passes, workers)
                 tuned.add(sizes)
-            choices = itertools.product(implementations, PASSES)
+            choices = itertools.product(implementations, passes)
             if profile:
                 choices = itertools.product(("naive", "fused"), ("training",))
             build = functools.partial(
@@ -474,6 +475,7 @@ def main() -> None:
         "--batch", type=int, help="images at a time; default: the case's"
     )
     parser.add_argument("--implementations", nargs="*", default=IMPLEMENTATIONS)
+    parser.add_argument("--passes", nargs="*", choices=PASSES, default=PASSES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--seconds", type=float, default=0.2, help="of each program in a round"
@@ -526,13 +528,15 @@ def main() -> None:
     header = "".join(f"{name:>9}" for name in args.implementations)
     tell(f"{'images per second':54}{header}{'gain':>9}")
     measured = []
+    programs = len(args.implementations) * len(args.passes)  # of a case
     with folder, farm.Farm(args.workers, deadline) as workers:
         try:
             for job in jobs(
                 cases,
                 args.implementations,
+                args.passes,
                 workers,
-                ahead=max(1, args.workers // (len(args.implementations) * len(PASSES))),
+                ahead=max(1, args.workers // programs),
                 profiled=args.profile,
                 quick=args.quick,
             ):
