@@ -9,7 +9,9 @@ Attention" (arXiv 2403.04690, tables 1 and 2) reports. Improvement is naive time
 time, less one.
 
 How good the naive kernels are tells whether an improvement is one: their useful TFLOP/s,
-and their speed over the gather formulation (peers.py) in 2-D where its copies fit.
+and their speed over the gather formulation (peers.py) in 2-D where its copies fit. With
+``--natten`` also their speed over the naive kernels of the paper, and the improvement over
+those: natten_naive.cu says how to time them.
 
 Problems are taken in an order of which every beginning is a spread of the sweep. With
 ``--minutes`` it ends early, and started again it goes on: what ``paper.jsonl`` in the
@@ -134,10 +136,17 @@ def measure(case: cases.Case, contender: str, calls: int) -> dict[str, float]:
     }
 
 
+def words(case: cases.Case) -> str:
+    """The line that stands for a problem in natten_naive.cu."""
+    sizes = (len(case.shape), *case.shape, case.window[0], case.batch, case.heads)
+    return " ".join(map(str, (*sizes, case.head_dim, case.dtype)))
+
+
 def report(
     measured: Sequence[tuple[cases.Case, dict[str, float]]],
     contender: str,
     paper: Mapping[int, int | None],
+    natten: Mapping[str, float],
 ) -> None:
     improvements = collections.defaultdict(list)
     rates = collections.defaultdict(list)
@@ -154,6 +163,18 @@ def report(
     print("naive, useful TFLOP/s")
     for rank in sorted(rates):
         print(f"  {rank}-D, {spread(rates[rank], '')}")
+    others = [
+        (len(case.shape), natten[words(case)], times)
+        for case, times in measured
+        if words(case) in natten
+    ]
+    if others:
+        print("naive kernels of the paper: naive over them, improvement over them")
+    for rank in sorted({rank for rank, *_ in others}):
+        of_rank = [(other, times) for own, other, times in others if own == rank]
+        faster = [other / times["naive"] for other, times in of_rank]
+        over = [100 * (other / times[contender] - 1) for other, times in of_rank]
+        print(f"  {rank}-D, {spread(faster, 'x')}\n       {spread(over, '%', True)}")
     if over_gather:
         print(f"naive over gather\n  2-D, {spread(over_gather, 'x')}", flush=True)
 
@@ -163,8 +184,21 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20, help="timed calls each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then it ends")
     parser.add_argument("--output", type=pathlib.Path, help="folder for results")
+    parser.add_argument("--natten", type=pathlib.Path, help="output of natten_naive.cu")
+    parser.add_argument(
+        "--list", action="store_true", help="prints the problems for it, nothing else"
+    )
     args = parser.parse_args()
 
+    if args.list:
+        for _, dtype in COMPARISONS:
+            print(*map(words, problems(dtype)), sep="\n")
+        return
+    natten: dict[str, float] = {}  # milliseconds by problem
+    if args.natten is not None:
+        for line in args.natten.read_text().splitlines():
+            problem, milliseconds = line.rsplit(maxsplit=1)
+            natten[problem] = float(milliseconds)
     deadline = time.monotonic() + 60 * args.minutes
     known: dict[tuple[str, str], dict[str, float]] = {}  # by name and dtype
     file = None
@@ -195,7 +229,7 @@ def main() -> None:
         ]
         print(f"\n{contender} over naive, {dtype}, forward: ", end="")
         print(f"{len(measured)} of {count} problems")
-        report(measured, contender, COMPARISONS[contender, dtype])
+        report(measured, contender, COMPARISONS[contender, dtype], natten)
     print(f"\n{jax.devices()[0].device_kind}, jax {jax.__version__}")
 
 
