@@ -99,11 +99,13 @@ def _fused_backward(
             found.append(Launch("sum of dbias", 0))
 
     shape = (plan.dkey.rows, plan.dkey.columns)
-    size = _shared_memory.dkey(row_bytes, shape, operands.query.dtype.itemsize)
+    itemsize = operands.query.dtype.itemsize
+    size = _shared_memory.dkey(row_bytes, shape, itemsize, entries)
     # The sums of both do not fit the registers where heads are wide.
     wide = _channels(operands) > 128
     found += _key_and_value("d{}", wide, size)
     if operands.additional_key is not None:
+        size = _shared_memory.dkey(row_bytes, shape, itemsize, None)
         found += _key_and_value("dadditional_{}", wide, size)
         if plan.additional_splits > 1:
             found.append(Launch("sum of dadditional_key", 0))

@@ -11,6 +11,7 @@ import jax
 from jax_na import _tiling
 
 _LARGEST_BIAS = 16 << 10  # as in cuda/fused/bias.cuh
+_LIST = 64 * 8  # columns that are a list of additional keys, beside TileTables
 
 # KiB that a CTA can have, by compute capability ("Technical Specifications per Compute
 # Capability" of the CUDA C++ Programming Guide).
@@ -73,7 +74,10 @@ def largest(
     sizes = [dquery(size, shape, bias_entries) for shape in variant.dquery]
     if bias_entries is not None:
         sizes += [dbias(size, shape, bias_entries) for shape in variant.dbias]
-    return max(*sizes, *(dkey(size, shape, element_bytes) for shape in variant.dkey))
+    sizes += [
+        dkey(size, shape, element_bytes, bias_entries) for shape in variant.dkey
+    ]
+    return max(sizes)
 
 
 # ---- Kernels -------------------------------------------------------------------------
@@ -89,7 +93,7 @@ def forward(row_bytes: int, shape: _tiling.Shape, bias_entries: int | None) -> i
     rows, columns = shape
     stages = 2 if row_bytes <= 128 else 1
     tokens = rows + 2 * stages * columns
-    size = tokens * row_bytes + tables(rows) + _bias_tables(rows) + 4
+    size = tokens * row_bytes + tables(rows) + _LIST + _bias_tables(rows) + 4
     return aligned(size) + _shared_bias(bias_entries)
 
 
@@ -97,9 +101,9 @@ def dquery(row_bytes: int, shape: _tiling.Shape, bias_entries: int | None) -> in
     """Of the kernel for the gradient of the query."""
     rows, columns = shape
     tokens = 2 * (rows + _backward_stages(row_bytes) * columns)
-    size = aligned(tokens * row_bytes + tables(rows))
+    size = tokens * row_bytes + tables(rows) + _LIST
     if bias_entries is None:
-        return size
+        return aligned(size)
     return aligned(size + _bias_tables(rows) + 4) + _shared_bias(bias_entries)
 
 
@@ -112,16 +116,20 @@ def dbias(row_bytes: int, shape: _tiling.Shape, bias_entries: int) -> int:
     return aligned(aligned(size, 8) + scores + 4) + 2 * _shared_bias(bias_entries)
 
 
-def dkey(row_bytes: int, shape: _tiling.Shape, element_bytes: int) -> int:
+def dkey(
+    row_bytes: int,
+    shape: _tiling.Shape,
+    element_bytes: int,
+    bias_entries: int | None,
+) -> int:
     """Of the kernels for the gradients of key and value."""
     rows, columns = shape
     tokens = 2 * (rows + _backward_stages(row_bytes) * columns)
     statistics = 2 * 2 * 4 * columns
-    size = tokens * row_bytes + statistics + tables(rows) + _bias_tables(rows)
-    size = aligned(size)
+    size = aligned(tokens * row_bytes + statistics + tables(rows))
     if element_bytes == 2 and 128 < row_bytes <= 256:
         size += 2 * rows * columns  # weights that one warp makes for another
-    return size
+    return size if bias_entries is None else aligned(size + _bias_tables(rows))
 
 
 def aligned(size: int, to: int = 128) -> int:
@@ -129,11 +137,11 @@ def aligned(size: int, to: int = 128) -> int:
 
 
 def tables(rows: int) -> int:
-    """``TileTables``: intervals, origins, tokens of rows, two lists of columns.
+    """``TileTables``: intervals, origins, tokens of rows, columns.
 
     ``cuda/fused/geometry.cuh`` asserts what this gives.
     """
-    return aligned(12 * (rows + 2) + 12 + 4 * rows, 8) + 2 * 64 * 8
+    return aligned(12 * (rows + 2) + 12 + 4 * rows, 8) + 64 * 8
 
 
 def _bias_tables(rows: int) -> int:

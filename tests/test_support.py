@@ -150,14 +150,14 @@ def test_explain_takes_every_argument_of_the_call() -> None:
 
 
 # sizeof(Shared) of the kernels, from nvcc, by padded dimension and bytes of an element:
-# forward, dQ, dQ with a bias, dbias, dK and dV; then pair, gather and scatter of 'gemm'.
+# forward, dQ, dQ with a bias, dbias, dK and dV, those with a bias; then pair, gather and scatter of 'gemm'.
 FUSED_SHARED = {
-    (32, 2): (23168, 26752, 27392, 52352, 28288),
-    (96, 2): (39552, 75904, 76544, 68736, 85632),
-    (128, 2): (51840, 100480, 101120, 85120, 110208),
-    (256, 2): (100992, 133248, 133888, 71936, 134784),
-    (64, 4): (51840, 100480, 101120, 85120, 102016),
-    (192, 4): (75776, 99968, 100480, 104704, 100864),
+    (32, 2): (23168, 26752, 27264, 51840, 27264, 27776),
+    (96, 2): (39552, 75904, 76416, 68224, 84608, 85120),
+    (128, 2): (51840, 100480, 100992, 84608, 109184, 109696),
+    (256, 2): (100992, 133248, 133760, 71424, 133760, 134272),
+    (64, 4): (51840, 100480, 100992, 84608, 100992, 101504),
+    (192, 4): (75776, 99968, 100352, 104192, 99968, 100352),
 }
 GEMM_SHARED = {
     (32, 2): (34432, 32384, 45824),
@@ -186,16 +186,19 @@ def _launches(
 @pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize(("dim", "element"), FUSED_SHARED)
 def test_launches_of_fused(dim: int, element: int) -> None:
-    forward, dquery, with_bias, dbias, dkey_dvalue = FUSED_SHARED[dim, element]
+    forward, dquery, dquery_with_bias, dbias, dkey, dkey_with_bias = FUSED_SHARED[
+        dim, element
+    ]
     backward = {"delta": 0, "dquery": dquery}
     names = ("dkey, dvalue",) if dim <= 128 else ("dkey", "dvalue")
-    backward |= dict.fromkeys(names, dkey_dvalue)
+    backward |= dict.fromkeys(names, dkey)
     assert _launches(dim, element) == ({"forward": forward}, backward)
 
     table = 5 * 5 * 4
     own, gradients = _launches(dim, element, rel_pos_bias=jnp.ones((4, 5, 5)))
     assert own == {"forward": forward + table}
-    assert gradients["dquery"] == with_bias + table
+    assert gradients["dquery"] == dquery_with_bias + table
+    assert {gradients[name] for name in names} == {dkey_with_bias}
     assert gradients["dbias"] == dbias + 2 * table
 
 

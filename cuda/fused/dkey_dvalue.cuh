@@ -59,12 +59,14 @@ struct DKeyShape {
     alignas(8) float lse[2][kColumns];  // in log2 units; +inf, so that weights are 0, where -inf
     alignas(8) float delta[2][kColumns];
     TileTables<kRows> tables;
-    BiasTables<kRows> bias;
   };
   struct TileOfPairs : Tile {
     WeightExchange<kMTiles, kColumns / 8> weights[kRowGroups];
   };
   using Shared = std::conditional_t<kPaired, TileOfPairs, Tile>;
+  struct SharedWithBias : Shared {
+    BiasTables<kRows> bias;
+  };
 };
 
 // The queries of one head after the other, box by box; where CTAs share them, a part of the
@@ -134,7 +136,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   constexpr Precision kPrecision = S::kPrecision;
   const Problem& p = plan.call.problem;
   const Inputs& in = plan.call.in;
-  auto& shared = shared_memory<typename S::Shared>();
+  using Shared = std::conditional_t<kHasBias, typename S::SharedWithBias, typename S::Shared>;
+  auto& shared = shared_memory<Shared>();
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   const int row_group = warp % S::kRowGroups;
   const int warp_row = row_group * S::kWarpRows;  // the warp's first one
@@ -377,10 +380,12 @@ template <class S>
 cudaError_t launch_dkey_shape(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
   const Problem& p = plan.call.problem;
   const int64_t ctas = p.batch * p.key_heads * plan.rows.order.size * plan.column_splits;
-  const auto kernel = rows == Side::kAdditional ? &dkey_dvalue_kernel<S, Side::kAdditional, false>
-                      : plan.call.in.bias == nullptr
-                          ? &dkey_dvalue_kernel<S, Side::kKeys, false>
-                          : &dkey_dvalue_kernel<S, Side::kKeys, true>;
+  if (rows == Side::kKeys && plan.call.in.bias != nullptr) {
+    return launch(&dkey_dvalue_kernel<S, Side::kKeys, true>, ctas, S::kThreads,
+                  sizeof(typename S::SharedWithBias), plan, stream);
+  }
+  const auto kernel = rows == Side::kKeys ? &dkey_dvalue_kernel<S, Side::kKeys, false>
+                                          : &dkey_dvalue_kernel<S, Side::kAdditional, false>;
   return launch(kernel, ctas, S::kThreads, sizeof(typename S::Shared), plan, stream);
 }
 

@@ -44,7 +44,7 @@ struct DQueryShape {
     alignas(128) uint8_t dout[kRows * Layout::kRowBytes];
     alignas(128) uint8_t key[kStages][kColumns * Layout::kRowBytes];
     alignas(128) uint8_t value[kStages][kColumns * Layout::kRowBytes];
-    TileTables<kRows> tables;
+    ListTables<kRows> tables;
   };
   struct SharedWithBias : Shared {
     BiasTables<kRows> bias;
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   // ---- Tables and rows ---------------------------------------------------------------
   fill_tables<kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
                                             place.batch, place.first);
+  if (p.additional > 0) fill_list<S::kRows, kThreads>(&shared.tables);
   const float* bias = nullptr;
   if constexpr (kHasBias) {
     fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);

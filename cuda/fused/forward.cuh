@@ -42,7 +42,7 @@ struct ForwardShape {
     alignas(128) uint8_t query[kRows * Layout::kRowBytes];  // the output in the end
     alignas(128) uint8_t key[kStages][kColumns * Layout::kRowBytes];
     alignas(128) uint8_t value[kStages][kColumns * Layout::kRowBytes];
-    TileTables<kRows> tables;
+    ListTables<kRows> tables;
     BiasTables<kRows> bias;
     float bias_table[1];  // as long as shared_bias_bytes says
   };
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   }
   fill_tables<kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
                                             place.batch, place.first);
+  if (p.additional > 0) fill_list<S::kRows, kThreads>(&shared.tables);
   const float* bias = nullptr;
   if constexpr (kHasBias) {
     fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);

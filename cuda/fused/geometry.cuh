@@ -226,11 +226,17 @@ struct TileTables {
   int32_t origin[kMaxRank];
   int32_t row_token[kRows];      // or ~token, or kNoToken
   ColumnEntry column[kMaxColumns];
+};
+
+// The same where the additional keys are visited, too.
+template <int kRows>
+struct ListTables : TileTables<kRows> {
   ColumnEntry additional[kMaxColumns];  // columns that are a list
 };
-// jax_na/_launches.py, which tells users of shared memory, counts with these sizes.
-static_assert(sizeof(TileTables<32>) == 1576 && sizeof(TileTables<64>) == 2088 &&
-              sizeof(TileTables<128>) == 3112);
+
+// jax_na/_shared_memory.py counts with these sizes.
+static_assert(sizeof(TileTables<32>) == 1064 && sizeof(TileTables<64>) == 1576 &&
+              sizeof(TileTables<128>) == 2600 && sizeof(ListTables<64>) == 2088);
 
 // Fills the tables; the caller synchronises. `first` is the tile's first token.
 template <Side kRowsAre, int kRows, int kThreads>
@@ -270,7 +276,14 @@ __device__ __forceinline__ void fill_tables(TileTables<kRows>* tables, const Pro
     }
     const bool exists = column < box.order.size;
     tables->column[column] = {token, exists ? pack_fields(at[0], at[1], at[2]) : kNoColumn};
-    if (p.additional > 0) tables->additional[column] = {column, pack_fields(0, 0, column)};
+  }
+}
+
+// The rest of such tables; likewise.
+template <int kRows, int kThreads>
+__device__ __forceinline__ void fill_list(ListTables<kRows>* tables) {
+  for (int column = threadIdx.x; column < kMaxColumns; column += kThreads) {
+    tables->additional[column] = {column, pack_fields(0, 0, column)};
   }
 }
 

@@ -60,7 +60,7 @@ struct KeyStream {
   template <int kRows>
   __device__ __forceinline__ void follow(const Walk& walk, const Problem& p, const Inputs& in,
                                          const TilePlace& place,
-                                         const TileTables<kRows>& tables) {
+                                         const ListTables<kRows>& tables) {
     if (in_list || !walk.in_list || !walk.more()) return;
     in_list = true;
     entries = tables.additional;
