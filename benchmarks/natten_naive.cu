@@ -9,9 +9,6 @@
 // Forward passes without softmax: scores, and weights times values. Medians of nine by events;
 // arrays hold zeros, which can only flatter. Prints every problem and its milliseconds.
 #include <cuda_runtime.h>
-#include <natten/dtypes.cuh>
-#include <natten/naive_argpack.h>
-#include <natten/natten.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -21,6 +18,11 @@
 #include <string>
 #include <tuple>
 #include <vector>
+
+// After <tuple> and in this order, as they do not include what they use.
+#include <natten/natten.h>
+#include <natten/dtypes.cuh>
+#include <natten/naive_argpack.h>
 
 #include <natten/cuda/naive/neighborhood_neighborhood_1d.cuh>
 #include <natten/cuda/naive/neighborhood_neighborhood_2d.cuh>
