@@ -1,7 +1,8 @@
 // Checks the Hopper kernels against the naive ones in float64, and times them, without JAX.
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Icuda -o sm90_check \
-//       tests/cuda/sm90_check.cu cuda/sm90/*.cu cuda/sm90/tensor_map.cc cuda/naive/*.cu
+//       tests/cuda/sm90_check.cu cuda/sm90/*.cu cuda/sm90/tensor_map.cc cuda/naive/*.cu \
+//       cuda/fused/delta.cu
 //   python tests/cuda/sm90_problems.py random 300 | ./sm90_check check
 //   python tests/cuda/sm90_problems.py cases | ./sm90_check time
 //
