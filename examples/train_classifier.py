@@ -249,7 +249,14 @@ class Trainer:
                 lambda path, _: "kernel" in jax.tree_util.keystr(path), params
             ),
         )
-        devices = jax.devices()[: args.devices]
+        devices = jax.devices()
+        if args.devices is not None:
+            if not 1 <= args.devices <= len(devices):
+                raise SystemExit(
+                    f"--devices must be 1 to {len(devices)}, what there is here, "
+                    f"got {args.devices}"
+                )
+            devices = devices[: args.devices]
         if args.batch % len(devices):
             raise SystemExit(
                 f"--batch must be a multiple of the {len(devices)} devices"

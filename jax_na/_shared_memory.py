@@ -74,9 +74,7 @@ def largest(
     sizes = [dquery(size, shape, bias_entries) for shape in variant.dquery]
     if bias_entries is not None:
         sizes += [dbias(size, shape, bias_entries) for shape in variant.dbias]
-    sizes += [
-        dkey(size, shape, element_bytes, bias_entries) for shape in variant.dkey
-    ]
+    sizes += [dkey(size, shape, element_bytes, bias_entries) for shape in variant.dkey]
     return max(sizes)
 
 

@@ -150,7 +150,8 @@ def test_explain_takes_every_argument_of_the_call() -> None:
 
 
 # sizeof(Shared) of the kernels, from nvcc, by padded dimension and bytes of an element:
-# forward, dQ, dQ with a bias, dbias, dK and dV, those with a bias; then pair, gather and scatter of 'gemm'.
+# forward, dQ, dQ with a bias, dbias, dK and dV, those with a bias; then pair, gather and
+# scatter of 'gemm'.
 FUSED_SHARED = {
     (32, 2): (23168, 26752, 27264, 51840, 27264, 27776),
     (96, 2): (39552, 75904, 76416, 68224, 84608, 85120),

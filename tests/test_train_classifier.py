@@ -23,7 +23,9 @@ from PIL import Image
 from jax_na import models
 
 PATH = pathlib.Path(__file__).parent.parent / "examples" / "train_classifier.py"
-ARGUMENTS = ["--epochs", "3", "--batch", "128", "--save-every", "4", "--devices", "2"]
+DEVICES = min(2, jax.device_count())
+ARGUMENTS = ["--epochs", "3", "--batch", "128", "--save-every", "4"]
+ARGUMENTS += ["--devices", str(DEVICES)]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,12 @@ def test_number_of_devices_changes_rounding_only(example, whole_run, tmp_path):
 def test_batches_that_do_not_split(example, tmp_path):
     with pytest.raises(SystemExit, match="multiple of the 2 devices"):
         example.main([*ARGUMENTS, "--batch", "129", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("count", [0, 1000])
+def test_devices_that_there_are_not(example, tmp_path, count):
+    with pytest.raises(SystemExit, match=f"--devices must be 1 to .* got {count}"):
+        example.main([*ARGUMENTS, "--devices", str(count), "--output", str(tmp_path)])
 
 
 def test_batches_larger_than_the_data(example, tmp_path):
