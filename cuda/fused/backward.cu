@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "fused.h"
 #include "launch.cuh"
 #include "plans.cuh"
@@ -68,62 +70,23 @@ int64_t dvalue_partials(const BackwardCall& call, int32_t splits) {
 
 template <typename T, Precision kPrecision>
 cudaError_t dquery(const BackwardPlan& plan, cudaStream_t stream) {
-  switch (padded_dim(plan.call.problem)) {
-    case 32:
-      return launch_dquery<T, 32, kPrecision>(plan, stream);
-    case 64:
-      return launch_dquery<T, 64, kPrecision>(plan, stream);
-    case 96:
-      return launch_dquery<T, 96, kPrecision>(plan, stream);
-    case 128:
-      return launch_dquery<T, 128, kPrecision>(plan, stream);
-    case 192:
-      return launch_dquery<T, 192, kPrecision>(plan, stream);
-    case 256:
-      return launch_dquery<T, 256, kPrecision>(plan, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_padded_dim(plan.call.problem, [&](auto dim) {
+    return launch_dquery<T, dim.value, kPrecision>(plan, stream);
+  });
 }
 
 template <typename T, Precision kPrecision>
 cudaError_t dbias(const BackwardPlan& plan, cudaStream_t stream) {
-  switch (padded_dim(plan.call.problem)) {
-    case 32:
-      return launch_dbias<T, 32, kPrecision>(plan, stream);
-    case 64:
-      return launch_dbias<T, 64, kPrecision>(plan, stream);
-    case 96:
-      return launch_dbias<T, 96, kPrecision>(plan, stream);
-    case 128:
-      return launch_dbias<T, 128, kPrecision>(plan, stream);
-    case 192:
-      return launch_dbias<T, 192, kPrecision>(plan, stream);
-    case 256:
-      return launch_dbias<T, 256, kPrecision>(plan, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_padded_dim(plan.call.problem, [&](auto dim) {
+    return launch_dbias<T, dim.value, kPrecision>(plan, stream);
+  });
 }
 
 template <typename T, Precision kPrecision>
 cudaError_t dkey_dvalue(const BackwardPlan& plan, Side rows, cudaStream_t stream) {
-  switch (padded_dim(plan.call.problem)) {
-    case 32:
-      return launch_dkey_dvalue<T, 32, kPrecision>(plan, rows, stream);
-    case 64:
-      return launch_dkey_dvalue<T, 64, kPrecision>(plan, rows, stream);
-    case 96:
-      return launch_dkey_dvalue<T, 96, kPrecision>(plan, rows, stream);
-    case 128:
-      return launch_dkey_dvalue<T, 128, kPrecision>(plan, rows, stream);
-    case 192:
-      return launch_dkey_dvalue<T, 192, kPrecision>(plan, rows, stream);
-    case 256:
-      return launch_dkey_dvalue<T, 256, kPrecision>(plan, rows, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_padded_dim(plan.call.problem, [&](auto dim) {
+    return launch_dkey_dvalue<T, dim.value, kPrecision>(plan, rows, stream);
+  });
 }
 
 BackwardPlan plan_of(const BackwardCall& call, const int32_t (&row_grid)[kMaxRank],
@@ -151,11 +114,11 @@ void add_bias_shares(BackwardPlan* plan, int32_t splits, float* workspace) {
   int32_t boxes[kMaxRank], distances[kMaxRank];
   for (int a = 0; a < kMaxRank; ++a) {
     const AxisWindow& w = p.window[a];
-    int32_t most = tile[a] + w.kernel_size + w.stride - 2;  // columns that a tile sees
+    int64_t most = most_columns(w, tile[a]);
     if (p.frame == nullptr) {
-      most = min_i32(most, (p.key_grid[a] + w.dilation - 1) / w.dilation);
+      most = std::min<int64_t>(most, (p.key_grid[a] + w.dilation - 1) / w.dilation);
     }
-    boxes[a] = (most + box[a] - 1) / box[a];
+    boxes[a] = static_cast<int32_t>((most + box[a] - 1) / box[a]);
     distances[a] = tile[a] + box[a] - 1;
   }
   plan->boxes = BoxOrder(boxes);

@@ -5,6 +5,7 @@
 
 #include "delta.cuh"
 #include "fused.h"
+#include "geometry.cuh"
 #include "launch.cuh"
 #include "variants.h"
 
@@ -19,6 +20,28 @@ struct DeltaPlan {
   BackwardCall call;
   int64_t rows;
 };
+
+// delta of a row, by kLanes neighbouring lanes of which each gets it; all lanes of the warp
+// call it.
+template <typename T, int kLanes>
+__device__ __forceinline__ float row_delta(const BackwardCall& call, int64_t row, bool exists) {
+  const int units = call.problem.value_dim * int{sizeof(T)} / int{sizeof(uint4)};
+  const auto* dout = static_cast<const uint4*>(call.dout) + row * units;
+  const auto* out = static_cast<const uint4*>(call.out) + row * units;
+  float sum = 0;
+  if (exists) {
+#pragma unroll 2
+    for (int unit = threadIdx.x % kLanes; unit < units; unit += kLanes) {
+      sum += unit_dot<T>(__ldg(dout + unit), __ldg(out + unit));
+    }
+  }
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+    sum += __shfl_xor_sync(kFullWarp, sum, lanes);
+  }
+  if (exists && call.dlse != nullptr) sum -= static_cast<const float*>(call.dlse)[row];
+  return sum;
+}
 
 // kLanes neighbouring lanes per row.
 template <typename T, int kLanes>

@@ -7,31 +7,15 @@ namespace {
 
 using namespace fused;
 
-template <typename T, Precision kPrecision, int kDim>
-cudaError_t with_dim(const ForwardPlan& plan, cudaStream_t stream) {
-  constexpr int kFew = backward_rows(kDim, sizeof(T)), kMany = forward_rows(kDim, sizeof(T));
-  return plan.rows.tile.size <= kFew ? launch_forward<T, kDim, kFew, kPrecision>(plan, stream)
-                                     : launch_forward<T, kDim, kMany, kPrecision>(plan, stream);
-}
-
 template <typename T, Precision kPrecision>
 cudaError_t with_type(const ForwardPlan& plan, cudaStream_t stream) {
-  switch (padded_dim(plan.call.problem)) {
-    case 32:
-      return with_dim<T, kPrecision, 32>(plan, stream);
-    case 64:
-      return with_dim<T, kPrecision, 64>(plan, stream);
-    case 96:
-      return with_dim<T, kPrecision, 96>(plan, stream);
-    case 128:
-      return with_dim<T, kPrecision, 128>(plan, stream);
-    case 192:
-      return with_dim<T, kPrecision, 192>(plan, stream);
-    case 256:
-      return with_dim<T, kPrecision, 256>(plan, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_padded_dim(plan.call.problem, [&](auto dim) {
+    constexpr int kDim = dim.value;
+    constexpr int kFew = backward_rows(kDim, sizeof(T)), kMany = forward_rows(kDim, sizeof(T));
+    return plan.rows.tile.size <= kFew
+               ? launch_forward<T, kDim, kFew, kPrecision>(plan, stream)
+               : launch_forward<T, kDim, kMany, kPrecision>(plan, stream);
+  });
 }
 
 }  // namespace

@@ -69,6 +69,11 @@ struct BoxOrder {
   }
 };
 
+// Columns of an axis that so many neighbouring rows see together, at most.
+inline int64_t most_columns(const AxisWindow& window, int32_t rows) {
+  return int64_t{rows} + window.kernel_size + window.stride - 2;
+}
+
 // How one grid is cut in tiles: every residue class of every axis by itself.
 struct TileGrid {
   BoxOrder tile;                   // of tokens

@@ -2,7 +2,10 @@
 // jax_na/_tiling.py, knows the same table.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
+#include <type_traits>
 
 #include "../../ffi/problem.h"
 
@@ -15,6 +18,27 @@ inline int32_t padded_dim(const Problem& p) {
     if (dim <= padded) return padded;
   }
   return 0;
+}
+
+// Calls launch with the padded dimension of a problem as a type, which has it as `value`.
+template <class Launch>
+cudaError_t with_padded_dim(const Problem& p, const Launch& launch) {
+  switch (padded_dim(p)) {
+    case 32:
+      return launch(std::integral_constant<int, 32>{});
+    case 64:
+      return launch(std::integral_constant<int, 64>{});
+    case 96:
+      return launch(std::integral_constant<int, 96>{});
+    case 128:
+      return launch(std::integral_constant<int, 128>{});
+    case 192:
+      return launch(std::integral_constant<int, 192>{});
+    case 256:
+      return launch(std::integral_constant<int, 256>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 // A warp has 16 rows or, in the kernels of 128 rows, 32: these read half as much shared memory

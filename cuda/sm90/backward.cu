@@ -1,4 +1,6 @@
 // Which Hopper kernels run a backward pass.
+#include <algorithm>
+
 #include "../fused/fused.h"
 #include "sm90.h"
 #include "streams.h"
@@ -20,8 +22,8 @@ bool dquery_makes_delta(const BackwardCall& call, const HopperTiling& tiling) {
   for (int a = 0; a < kMaxRank; ++a) {
     const AxisWindow& w = p.window[a];
     const int32_t rows = tiling.row_box[a] * (a == kMaxRank - p.rank ? tiling.groups : 1);
-    const int32_t longest = (p.key_grid[a] + w.dilation - 1) / w.dilation;
-    const int32_t most = min_i32(rows + w.kernel_size + w.stride - 2, longest);
+    const int64_t longest = (p.key_grid[a] + w.dilation - 1) / w.dilation;
+    const int64_t most = std::min(fused::most_columns(w, rows), longest);
     boxes *= (most + tiling.column_box[a] - 1) / tiling.column_box[a];
   }
   return boxes >= kBoxes;

@@ -95,8 +95,7 @@ inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
   for (int a = cut.group_axis; a < kMaxRank; ++a) {
     const AxisWindow& window = p.window[a];
     const int64_t extent = cut.columns.extent[a];
-    const int64_t rows = cut.ctas.tile.extent[a];
-    const int64_t most = rows + window.kernel_size + window.stride - 2;
+    const int64_t most = fused::most_columns(window, cut.ctas.tile.extent[a]);
     fits = fits && (most + extent - 1) / extent * extent <= kMostSeen;
     entries += extent;
   }

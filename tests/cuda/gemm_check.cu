@@ -23,16 +23,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "device.cuh"
 #include "unfused.h"
 
 namespace jax_na::cuda {
 namespace {
-
-void require(cudaError_t status) {
-  if (status == cudaSuccess) return;
-  std::printf("%s\n", cudaGetErrorString(status));
-  std::exit(2);
-}
 
 // ---- Arrays ------------------------------------------------------------------------------
 
@@ -52,12 +47,6 @@ class Array {
   size_t count_;
   T* data_ = nullptr;
 };
-
-__device__ uint32_t hash(uint64_t x) {
-  x = (x ^ x >> 33) * 0xff51afd7ed558ccdull;
-  x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53ull;
-  return static_cast<uint32_t>(x ^ x >> 33);
-}
 
 // Calls fn(i) for 0 <= i < count.
 template <class Fn>
@@ -405,24 +394,7 @@ class Check {
 
   template <class Launch>
   void time(const char* product, const Launch& launch) {
-    constexpr int kLaunches = 4, kRounds = 9;
-    cudaEvent_t begin, end;
-    require(cudaEventCreate(&begin));
-    require(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int round = 0; round < kRounds + 2; ++round) {  // the first two warm up
-      require(cudaEventRecord(begin));
-      for (int i = 0; i < kLaunches; ++i) require(launch());
-      require(cudaEventRecord(end));
-      require(cudaEventSynchronize(end));
-      float ms = 0;
-      require(cudaEventElapsedTime(&ms, begin, end));
-      if (round >= 2) times.push_back(ms / kLaunches);
-    }
-    require(cudaEventDestroy(begin));
-    require(cudaEventDestroy(end));
-    std::sort(times.begin(), times.end());
-    std::printf("  %s %.4f", product, times[kRounds / 2]);
+    std::printf("  %s %.4f", product, milliseconds(launch));
   }
 
   Case case_;

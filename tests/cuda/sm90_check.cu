@@ -25,17 +25,12 @@
 #include <string>
 #include <vector>
 
+#include "device.cuh"
 #include "kernels.h"
 #include "sm90/sm90.h"
 
 namespace jax_na::cuda {
 namespace {
-
-void require(cudaError_t status) {
-  if (status == cudaSuccess) return;
-  std::printf("%s\n", cudaGetErrorString(status));
-  std::exit(2);
-}
 
 // ---- Arrays ------------------------------------------------------------------------------
 
@@ -57,12 +52,6 @@ class Memory {
  private:
   std::vector<void*> pointers_;
 };
-
-__device__ uint32_t hash(uint64_t x) {
-  x = (x ^ x >> 33) * 0xff51afd7ed558ccdull;
-  x = (x ^ x >> 33) * 0xc4ceb9fe1a85ec53ull;
-  return static_cast<uint32_t>(x ^ x >> 33);
-}
 
 // Normal numbers, the same in both arrays.
 template <typename T>
@@ -237,24 +226,7 @@ class Check {
 
   template <typename Launch>
   void time(const char* name, const Launch& launch) {
-    constexpr int kLaunches = 4, kRounds = 9;
-    cudaEvent_t begin, end;
-    require(cudaEventCreate(&begin));
-    require(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int round = 0; round < kRounds + 2; ++round) {  // the first two warm up
-      require(cudaEventRecord(begin));
-      for (int i = 0; i < kLaunches; ++i) require(launch());
-      require(cudaEventRecord(end));
-      require(cudaEventSynchronize(end));
-      float ms = 0;
-      require(cudaEventElapsedTime(&ms, begin, end));
-      if (round >= 2) times.push_back(ms / kLaunches);
-    }
-    require(cudaEventDestroy(begin));
-    require(cudaEventDestroy(end));
-    std::sort(times.begin(), times.end());
-    std::printf("  %s %.4f ms", name, times[kRounds / 2]);
+    std::printf("  %s %.4f ms", name, milliseconds(launch));
   }
 
   ForwardCall wide_forward(double* out, double* lse) const {
