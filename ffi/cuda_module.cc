@@ -97,22 +97,24 @@ cudaError_t backward_fused(const BackwardCall& call, const ffi::Dictionary& attr
                                      tiling(attributes, p, "query_box", "key_tile"),
                                      splits("bias_splits"), splits("additional_splits")};
   const auto at_once = hopper_gradients(attributes, p);
-  const int64_t sums = at_once ? cuda::gradients_sm90_workspace(p) : 0;
-  const int64_t size = sums + cuda::backward_fused_workspace(call, plan);
+  const auto apart = hopper_backward(attributes, p);
+  const int64_t hopper = at_once ? cuda::gradients_sm90_workspace(p)
+                         : apart ? cuda::backward_sm90_workspace(call)
+                                 : 0;
+  const int64_t size = hopper + cuda::backward_fused_workspace(call, plan);
   if (call.workspace_size < size) {
     refuse("the workspace must hold ", size, " elements, got ", call.workspace_size);
   }
   BackwardCall rest = call;
-  const auto apart = hopper_backward(attributes, p);
   cudaError_t status = cudaSuccess;
   if (call.out != nullptr && (at_once || !apart)) status = cuda::make_delta(call, stream);
   if (status != cudaSuccess) return status;
   if (at_once || apart) {
     status = at_once ? cuda::gradients_sm90(call, *at_once, call.workspace, stream)
-                     : cuda::backward_sm90(call, *apart, stream);
+                     : cuda::backward_sm90(call, *apart, call.workspace, stream);
     if (status != cudaSuccess) return status;
     rest.dquery = rest.dkey = rest.dvalue = nullptr;
-    rest.workspace += sums;
+    rest.workspace += hopper;
   }
   return cuda::backward_fused(rest, plan, attribute<bool>(attributes, "highest_precision"),
                               rest.workspace, stream);

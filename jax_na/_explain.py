@@ -10,15 +10,7 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from jax_na import (
-    _ops,
-    _primitives,
-    _shared_memory,
-    _support,
-    _tiling,
-    _tiling_sm90,
-    _window,
-)
+from jax_na import _ops, _primitives, _support, _tiling, _tiling_sm90, _window
 from jax_na._launches import Launch, hopper_launches, launches
 from jax_na._plan import Plan, is_deterministic, make_plan
 from jax_na._problem import DIFFERENTIABLE, Operands, Problem
@@ -65,12 +57,7 @@ class Explanation:
 
     Attributes:
         platform: for which the call was planned.
-        implementation: the one that runs its forward pass.
-        backward_implementation: the one that runs its backward pass, which is another
-            where that of the forward pass was not named and cannot; None where it was
-            named and cannot.
-        backward_refusal: why the implementation of the forward pass cannot run the
-            backward pass; None if it can.
+        implementation: the one that runs it.
         refusals: why each of the others that cannot run it does not.
         visible_pairs: pairs of a query and a key that it sees, of one head and sample;
             an upper bound where a frame decides them at run time.
@@ -88,8 +75,6 @@ class Explanation:
 
     platform: str
     implementation: str
-    backward_implementation: str | None
-    backward_refusal: str | None
     refusals: Mapping[str, str]
     visible_pairs: int
     forward_flops: int
@@ -133,11 +118,6 @@ class Explanation:
         ]
         for device, kernels in self._kernels_by_device():
             lines += [f"on {device}:", str(kernels)]
-        if self.backward_refusal is not None:
-            instead = "no"
-            if self.backward_implementation is not None:
-                instead = f"{self.backward_implementation!r} for the"
-            lines.append(f"{instead} backward pass: {self.backward_refusal}")
         for function, reason in self.hopper_refusals.items():
             lines.append(f"no {function} kernels for Hopper: {reason}")
         for implementation, reason in self.refusals.items():
@@ -188,7 +168,7 @@ def explain(
         return operands
 
     operands = jax.eval_shape(canonical, query, key, value)
-    traits = _primitives.traits(operands, problem)
+    traits = _primitives.traits(operands)
     refusals = {
         name: reason
         for name in _support.IMPLEMENTATIONS
@@ -199,28 +179,16 @@ def explain(
     copies = heads * math.prod(batch_and_grid[: -problem.rank])
     flops = 2 * pairs * copies * (head_dim + operands.value.shape[-1])
     chosen = _support.choose(implementation, platform, traits)
-    backward: str | None = chosen
-    backward_refusal = _support.refusal(chosen, platform, traits, "backward")
-    if backward_refusal is not None:
-        backward = None
-        if implementation is None:
-            backward = _support.choose(None, platform, traits, "backward")
     plan = make_plan(chosen, platform, problem, operands)
     portable = hopper = None
     hopper_refusals: dict[str, str] = {}
     if platform == "cuda" and chosen != "xla":
         portable = _portable_kernels(chosen, problem, operands, plan, pairs)
-        if backward != chosen:
-            portable = dataclasses.replace(
-                portable, backward=_backward_launches(backward, problem, operands)
-            )
     if chosen == "fused" and plan is not None:
         hopper, hopper_refusals = _hopper_kernels(problem, operands, plan, pairs)
     return Explanation(
         platform,
         chosen,
-        backward,
-        backward_refusal,
         refusals,
         pairs,
         flops,
@@ -235,7 +203,12 @@ def explain(
 
 def _compute_capability() -> tuple[int, int] | None:
     """Of the default CUDA device, if there is one."""
-    return next(iter(_shared_memory.compute_capabilities()), None)
+    try:
+        device = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return None
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
 
 
 def _portable_kernels(
@@ -251,14 +224,6 @@ def _portable_kernels(
     return Kernels(
         _portable_boxes(plan), plan.forward.visited_pairs / visible_pairs, *found
     )
-
-
-def _backward_launches(
-    implementation: str | None, problem: Problem, operands: Operands
-) -> tuple[Launch, ...]:
-    if implementation is None or implementation == "xla":
-        return ()
-    return launches(implementation, problem, operands, None)[1]
 
 
 def _portable_boxes(plan: Plan) -> dict[str, Any]:

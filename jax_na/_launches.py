@@ -191,7 +191,8 @@ def _gemm(operands: Operands) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
             tables += 60  # frame
         tables += -tables % 8
         return Launch(
-            name, _shared_memory.aligned(size + tables + _shared_memory.tables(rows))
+            name,
+            _shared_memory.aligned(size + tables + _shared_memory.row_tables(rows)),
         )
 
     scores = product("pair", "scores", head_dim)

@@ -262,7 +262,7 @@ def _lower_function(ctx: Any, function: Any, operands: Any) -> Any:
     return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
 
-def _rule(platform: str | None, function: str, native: Any, in_jax: Any) -> Any:
+def _rule(platform: str | None, native: Any, in_jax: Any) -> Any:
     """Lowering rule for one platform; None stands for any without kernels."""
 
     def lower(
@@ -270,38 +270,38 @@ def _rule(platform: str | None, function: str, native: Any, in_jax: Any) -> Any:
     ) -> Any:
         name = platform or ctx.module_context.platforms[0]
         avals = ctx.avals_in[-len(params["present"]) :]
-        call = traits(unpack(avals, params["present"]), params["problem"])
-        chosen = _support.choose(implementation, name, call, function)
+        call = traits(unpack(avals, params["present"]))
+        chosen = _support.choose(implementation, name, call)
         if chosen == "xla":
             if implementation is None and name == "cuda" and name not in _ffi.TARGETS:
                 _warn_of_missing_kernels()
-            run = functools.partial(in_jax, module=_xla, **params)
+            function = functools.partial(in_jax, module=_xla, **params)
         elif chosen == "gemm":
-            run = functools.partial(in_jax, module=_gemm, **params)
+            function = functools.partial(in_jax, module=_gemm, **params)
         else:
             # Shardy's rules take no symbolic sizes; such a program is that of one
             # device, or XLA gathers the operands of the call.
             partitionable = _is_partitioned(ctx) and not _has_symbolic_sizes(ctx)
-            run = functools.partial(
+            function = functools.partial(
                 native,
                 implementation=chosen,
                 platform=name,
                 partitionable=partitionable,
                 **params,
             )
-        return _lower_function(ctx, run, operands)
+        return _lower_function(ctx, function, operands)
 
     return lower
 
 
 for _platform in (None, *_support.NATIVE_PLATFORMS):
-    for _primitive, _function, _native_rule, _jax_rule in (
-        (forward_p, "forward", _forward_native, _forward_in_jax),
-        (backward_p, "backward", _backward_native, _backward_in_jax),
+    for _primitive, _native_rule, _jax_rule in (
+        (forward_p, _forward_native, _forward_in_jax),
+        (backward_p, _backward_native, _backward_in_jax),
     ):
         mlir.register_lowering(
             _primitive,
-            _rule(_platform, _function, _native_rule, _jax_rule),
+            _rule(_platform, _native_rule, _jax_rule),
             platform=_platform,
         )
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,13 +41,10 @@ def unpack(arrays: Iterable[Any], present: tuple[str, ...]) -> Operands:
     return Operands(**dict(zip(present, arrays, strict=True)))
 
 
-def traits(operands: Operands, problem: Problem) -> Traits:
+def traits(operands: Operands) -> Traits:
     """What decides which implementations can run a call."""
     return Traits(
-        operands.query.dtype,
-        operands.query.shape[-1],
-        operands.value.shape[-1],
-        None if operands.bias is None else math.prod(problem.bias_shape),
+        operands.query.dtype, operands.query.shape[-1], operands.value.shape[-1]
     )
 
 

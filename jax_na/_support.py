@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
-from jax_na import _ffi, _shared_memory, _tiling_sm90
+from jax_na import _ffi, _tiling_sm90
 
 Implementation: TypeAlias = Literal["fused", "gemm", "naive", "xla"]
 
@@ -52,13 +52,11 @@ class Traits(NamedTuple):
         dtype: of query, key and value.
         head_dim: of query and key.
         value_dim: of value.
-        bias_entries: of one head's table; None without a bias.
     """
 
     dtype: np.dtype
     head_dim: int
     value_dim: int
-    bias_entries: int | None = None
 
 
 def refusal(
@@ -84,13 +82,11 @@ def refusal(
     if _ffi.target_name(kernel, implementation) not in targets:
         return f"jax_na has no {implementation!r} kernels for the platform {platform!r}"
     if traits is not None and platform == "cuda" and implementation in _TENSOR_CORES:
-        return _tensor_core_refusal(implementation, traits, function)
+        return _tensor_core_refusal(implementation, traits)
     return None
 
 
-def _tensor_core_refusal(
-    implementation: str, traits: Traits, function: str
-) -> str | None:
+def _tensor_core_refusal(implementation: str, traits: Traits) -> str | None:
     if traits.dtype == np.dtype("float64"):
         return (
             f"{implementation!r} on 'cuda' takes query, key and value in float32, "
@@ -102,13 +98,6 @@ def _tensor_core_refusal(
                 f"{implementation!r} on 'cuda' takes head dimensions that are multiples "
                 f"of 8 up to 256, got {channels} for {name}"
             )
-    if implementation == "fused":
-        return _shared_memory.refusal(
-            function,
-            max(traits.head_dim, traits.value_dim),
-            traits.dtype.itemsize,
-            traits.bias_entries,
-        )
     return None
 
 
@@ -145,20 +134,15 @@ def hopper_refusal(
 
 
 def choose(
-    implementation: str | None,
-    platform: str,
-    traits: Traits | None = None,
-    function: str = "forward",
+    implementation: str | None, platform: str, traits: Traits | None = None
 ) -> str:
     """The implementation that runs a call on ``platform``; None asks for the best.
-
-    ``function`` is "forward" or "backward": the passes of a call may run differently.
 
     Raises:
         NotImplementedError: a named implementation cannot run there; the message says
             why, and which ones can.
     """
-    return pick(implementation, lambda name: refusal(name, platform, traits, function))
+    return pick(implementation, lambda name: refusal(name, platform, traits))
 
 
 def pick(implementation: str | None, reason_of: Callable[[str], str | None]) -> str:

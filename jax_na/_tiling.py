@@ -57,17 +57,19 @@ def padded_channels(channels: int) -> int:
 def variant_of(channels: int, element_bytes: int) -> Variant:
     """The variant for so many channels of a head, of so many bytes each."""
     padded = padded_channels(channels)
-    if padded * element_bytes > 512:  # more would not fit in shared memory
-        small = ((32, 32),)
-        return Variant(small, small, small, small)
-    base = (64, 64)
-    dbias = base if padded * element_bytes <= 256 else (32, 32)
+    row_bytes = padded * element_bytes
+    rows = 64 if row_bytes <= 512 else 32
+    # No more, so that kernels fit in the 99 KiB of shared memory that every GPU has.
+    columns = 64 if row_bytes <= 384 else 32 if row_bytes <= 768 else 16
+    forward, gradient = (rows, rows), (rows, columns)
+    dbias = (64, 64) if row_bytes <= 256 else (32, 32 if row_bytes <= 512 else 16)
     if element_bytes != 2 or padded > 128:
-        return Variant((base,), (base,), (dbias,), (base,))
-    forward = (base, (128, 64))
+        return Variant((forward,), (gradient,), (dbias,), (gradient,))
+    forwards = (forward, (128, 64))
     if padded <= 64:
-        return Variant(forward, (base,), (dbias,), (base,))
-    return Variant(forward, (base, (128, 32)), (dbias,), (base,), wide=0.8)
+        return Variant(forwards, (gradient,), (dbias,), (gradient,))
+    dkey = (64, 48) if padded == 128 else gradient
+    return Variant(forwards, (gradient, (128, 32)), (dbias,), (dkey,), wide=0.8)
 
 
 #: ``key_interval`` or ``query_interval`` of :mod:`jax_na._window`.
@@ -218,24 +220,33 @@ def _axis_counts(
     return len(span), int(boxes.sum()), int(free.sum())
 
 
-def divisions(limit: int, lengths: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-    """Boxes of at most ``limit`` tokens that none can be enlarged on any one axis."""
-    lengths = tuple(lengths)
-    boxes = []
+def divisions(
+    limit: int, lengths: Iterable[int], strides: Iterable[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Boxes of at most ``limit`` tokens that none can be enlarged on any one axis.
+
+    After these come boxes that can, but only by a part of what shares a window: their
+    extents there are multiples of the stride.
+    """
+    lengths, strides = tuple(lengths), tuple(strides)
+    maximal, aligned = [], []
     for inner in itertools.product(*(range(1, min(limit, n) + 1) for n in lengths[1:])):
-        rest = limit // math.prod(inner)
-        if rest == 0:
-            continue
-        boxes.append((min(rest, lengths[0]), *inner))
-
-    def is_maximal(box: tuple[int, ...]) -> bool:
-        size = math.prod(box)
-        return not any(
-            extent < length and size // extent * (extent + 1) <= limit
-            for extent, length in zip(box, lengths, strict=True)
-        )
-
-    return tuple(box for box in boxes if is_maximal(box))
+        rest = min(limit // math.prod(inner), lengths[0])
+        for first in sorted({rest, rest - rest % strides[0]} - {0}, reverse=True):
+            box = (first, *inner)
+            size = math.prod(box)
+            ends = [
+                extent == length or size // extent * (extent + 1) > limit
+                for extent, length in zip(box, lengths)
+            ]
+            if all(ends):
+                maximal.append(box)
+            elif all(
+                end or (stride > 1 and extent % stride == 0)
+                for end, extent, stride in zip(ends, box, strides)
+            ):
+                aligned.append(box)
+    return (*maximal, *aligned)
 
 
 # ---- All axes ------------------------------------------------------------------------
@@ -266,11 +277,12 @@ def _search(
     model: CostModel,
 ) -> Tiling:
     row_limits, column_limits = zip(*(axis.longest_box for axis in axes), strict=True)
+    strides, none = [axis.stride for axis in axes], [1] * len(axes)
     candidates = (
         count(axes, interval, row_tile, column_box, rows, columns)
         for rows, columns in shapes
-        for row_tile in divisions(rows, row_limits)
-        for column_box in divisions(columns, column_limits)
+        for row_tile in divisions(rows, row_limits, strides)
+        for column_box in divisions(columns, column_limits, none)
     )
     # The order of the candidates settles ties: fewer rows, longer last axes.
     return min(candidates, key=model.cost)

@@ -427,9 +427,11 @@ def _tiling_of(
 
 
 @functools.lru_cache(maxsize=256)
-def _boxes(limit: int, longest: tuple[int, ...]) -> np.ndarray:
+def _boxes(
+    limit: int, longest: tuple[int, ...], strides: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Those of :func:`jax_na._tiling.divisions`, longer last axes first."""
-    boxes = _tiling.divisions(limit, longest)
+    boxes = _tiling.divisions(limit, longest, strides or (1,) * len(longest))
     return np.array(sorted(boxes, key=lambda box: box[::-1], reverse=True))
 
 
@@ -475,7 +477,7 @@ def best_tilings(
         tuple(map(min, spanned, longest))
         for longest in zip(*(axis.longest_box for axis in axes))
     )
-    row_boxes = _boxes(ROWS, row_limits)
+    row_boxes = _boxes(ROWS, row_limits, tuple(axis.stride for axis in axes))
     if has_bias:  # which scores begin with in pairs of columns
         *others, last = column_limits
         pairs = min(last + 1, spanned[-1]) // 2

@@ -122,8 +122,22 @@ def test_choice_is_the_cheapest(axes: Any, rows_are_keys: bool) -> None:
         for row_tile in boxes(rows)
         for box in boxes(columns)
     )
-    # A smaller box can be cheaper only by needing no mask where a larger one does.
-    assert model.cost(chosen) <= least * 1.25
+    # A smaller box can be cheaper by needing no mask where a larger one does, or where all
+    # that so many rows see just fills a box.
+    assert model.cost(chosen) <= least * 1.35
+
+
+@pytest.mark.parametrize("rows_are_keys", [False, True])
+@pytest.mark.parametrize("kernel_size", [(7, 7), (5, 11), (3, 5, 4)])
+def test_blocks_are_tiles(kernel_size: tuple[int, ...], rows_are_keys: bool) -> None:
+    """With strides as long as the window no tile straddles two blocks."""
+    plan = (
+        _tiling.plan_rows_are_keys if rows_are_keys else _tiling.plan_rows_are_queries
+    )
+    axes = tuple(_tiling.Axis(6 * k, k, k, 1, False) for k in kernel_size)
+    tiling = plan(axes, ((64, 64),))
+    assert tiling.row_tile == kernel_size
+    assert tiling.boxes == tiling.tiles == 6 ** len(kernel_size)
 
 
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
@@ -132,14 +146,16 @@ def test_plans_fit_the_kernels(channels: int, element: str) -> None:
     """The limits of ``cuda/fused/variants.h``."""
     padded = next(n for n in (32, 64, 96, 128, 192, 256) if channels <= n)
     size = 4 if element == "float32" else 2
-    few = 64 if padded * size <= 512 else 32
+    row_bytes = padded * size
+    few = 64 if row_bytes <= 512 else 32
+    columns = 64 if row_bytes <= 384 else 32 if row_bytes <= 768 else 16
     forward_rows = few * (2 if size == 2 and padded <= 128 else 1)
     dquery_rows = few * (2 if size == 2 and 64 < padded <= 128 else 1)
     limits = {
         "forward": {forward_rows: few, few: few},
-        "dquery": {dquery_rows: 32, few: few},
-        "dbias": {64: 64} if padded * size <= 256 else {32: 32},
-        "dkey": {few: few},
+        "dquery": {dquery_rows: 32, few: columns},
+        "dbias": {64: 64} if row_bytes <= 256 else {32: 32 if row_bytes <= 512 else 16},
+        "dkey": {few: 48 if (size, padded) == (2, 128) else columns},
     }
     for grid, kernel_size in (
         ((37,), (9,)),
@@ -164,11 +180,11 @@ def test_plans_fit_the_kernels(channels: int, element: str) -> None:
         operands = jax.eval_shape(canonical, operand)
         plan = _plan.make_plan("fused", "cuda", problem, operands)
         assert plan is not None
-        for name, columns in limits.items():
+        for name, columns_of in limits.items():
             tiling = getattr(plan, name)
             assert math.prod(tiling.row_tile) <= tiling.rows
             assert math.prod(tiling.column_box) <= tiling.columns
-            assert tiling.columns == columns[tiling.rows]
+            assert tiling.columns == columns_of[tiling.rows]
 
 
 def test_known_plans() -> None:
@@ -209,7 +225,10 @@ def test_kernels_without_a_plan() -> None:
 
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_scratch_memory(batch: tuple[int, ...]) -> None:
-    """Of the backward pass: partial sums of an odd number of biases, then vectors."""
+    """Of the backward pass: partial sums of an odd number of biases, then vectors.
+
+    And a counter of tiles where kernels for Hopper make gradients on both sides.
+    """
     query = jax.ShapeDtypeStruct((*batch, 30, 3, 64), "bfloat16")
     more = jax.ShapeDtypeStruct((*batch, 5, 3, 64), "bfloat16")
     problem: Any = None
@@ -231,15 +250,18 @@ def test_scratch_memory(batch: tuple[int, ...]) -> None:
     operands = jax.eval_shape(canonical, query, more)
     plan = _plan.make_plan("fused", "cuda", problem, operands)
     assert plan is not None
+    assert not isinstance(plan.hopper_backward, str)
     plan = dataclasses.replace(plan, bias_splits=5, additional_splits=7)
     every = ("query", "key", "value", "bias", "additional_key", "additional_value")
-    bias, additional = 5 * 13 + 3, 7 * 5 * 2 * 64  # in vectors of four
+    bias, additional, counter = 5 * 13 + 3, 7 * 5 * 2 * 64, 4  # in vectors of four
     samples = math.prod(batch)
     for wrt, expected in (
-        (every, bias + samples * additional),
+        (every, bias + samples * (additional + counter)),
         (("bias",), bias),
         (("additional_key",), samples * additional // 2),
+        (("query", "value"), samples * counter),
         (("query",), None),
+        (("key", "value"), None),
     ):
         shape = _plan.workspace_shape(plan, problem, operands, wrt, True)
         found = None if shape is None else math.prod(shape) // 3

@@ -203,13 +203,14 @@ bool dquery_fits(const Problem& p, const Tiling& tiling) {
   return fits(tiling.query_tile, rows, tiling.key_tile, dquery_columns(dim, bytes, rows));
 }
 bool dbias_fits(const Problem& p, const Tiling& tiling) {
-  const int rows = dbias_rows(padded_dim(p), element_bytes(p));
-  return fits(tiling.query_tile, rows, tiling.key_tile, rows);
+  const int dim = padded_dim(p), bytes = element_bytes(p);
+  return fits(tiling.query_tile, dbias_rows(dim, bytes), tiling.key_tile,
+              dbias_columns(dim, bytes));
 }
 bool dkey_fits(const Problem& p, const Tiling& tiling) {
   const int dim = padded_dim(p), bytes = element_bytes(p);
   return fits(tiling.key_tile, backward_rows(dim, bytes), tiling.query_tile,
-              columns_of(dim, bytes));
+              dkey_columns(dim, bytes));
 }
 
 }  // namespace

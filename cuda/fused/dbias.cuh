@@ -50,7 +50,7 @@ struct ScoreTile {
 };
 
 // The gradient of one table, as far as the share of a CTA goes.
-template <int kThreads>
+template <int kThreads, int64_t kRoom>
 struct TableGradient {
   float* partial;  // where the result goes
   float* table;    // where it is added up: there, or in shared memory
@@ -61,7 +61,7 @@ struct TableGradient {
                                            int64_t share, float* shared)
       : size(static_cast<int32_t>(plan.call.problem.bias_size())) {
     partial = plan.bias_partials + (share * plan.tables + number) * size;
-    table = shared_bias_bytes(plan.call.problem) == 0 ? partial : shared;
+    table = shared_bias_bytes<kRoom>(plan.call.problem) == 0 ? partial : shared;
     for (int i = threadIdx.x; i < size; i += kThreads) table[i] = 0;
   }
 
@@ -116,7 +116,7 @@ struct TileVisits {
   // From visit `first` of the tile on.
   template <int kRows>
   __device__ __forceinline__ TileVisits(const BackwardPlan& plan,
-                                        const TileTables<kRows>& tables, int32_t samples,
+                                        const RowTables<kRows>& tables, int32_t samples,
                                         int64_t first, int64_t count)
       : left(count),
         box(static_cast<int32_t>(first / samples)),
@@ -171,7 +171,7 @@ struct DBiasShape {
 
   using Layout = RowLayout<kDim * sizeof(T)>;
   static constexpr int kRows = dbias_rows(kDim, sizeof(T));
-  static constexpr int kColumns = kRows;
+  static constexpr int kColumns = dbias_columns(kDim, sizeof(T));
   static constexpr int kWarpRows = 16;
   static constexpr int kThreads = kRows / kWarpRows * kWarpLanes;
   static constexpr int kStages = Layout::kRowBytes <= 64 ? 2 : 1;
@@ -186,11 +186,12 @@ struct DBiasShape {
   };
   struct Shared {
     Tokens tokens[kStages];
-    TileTables<kRows> tables;
-    BiasTables<kRows> bias;
+    TileTables<kRows, kColumns> tables;
+    BiasTables<kRows, kColumns> bias;
     ScoreTile<kRows, kColumns> dscores;
     float bias_table[1];  // as long as shared_bias_bytes says; the gradient follows
   };
+  static constexpr int64_t kBiasRoom = bias_room<Shared, 2>();
 };
 
 template <class S>
@@ -223,10 +224,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   if (p.head_dim < S::kDim || p.value_dim < S::kDim) {
     clear_block<sizeof(shared.tokens), kThreads>(shared.tokens[0].query);
   }
-  fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);
-  const float* bias = bring_bias<kThreads>(p, in.bias, first_batch, head, shared.bias_table);
-  TableGradient<kThreads> gradient(plan, number, share,
-                                   shared.bias_table + shared_bias_bytes(p) / sizeof(float));
+  fill_bias_tables<kThreads>(&shared.bias, p, plan.rows, plan.columns);
+  const float* bias =
+      bring_bias<kThreads, S::kBiasRoom>(p, in.bias, first_batch, head, shared.bias_table);
+  TableGradient<kThreads, S::kBiasRoom> gradient(
+      plan, number, share,
+      shared.bias_table + shared_bias_bytes<S::kBiasRoom>(p) / sizeof(float));
   Accumulator sums[1][kColumns / 8];
   clear(sums);
   int32_t sums_at[kMaxRank] = {0, 0, 0};  // where the box of the sums begins
@@ -277,7 +280,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
             row_source(plan.call.dout, first_query, head, p.heads, p.value_dim, sizeof(T)),
             shared.tables.row_token);
         copy_columns<Layout, kColumns, kThreads>(
-            shared.tables.column, visits.walk.token(), visits.walk.guarded_limits(),
+            ColumnEntries{shared.tables.column}, visits.walk.token(), visits.walk.guarded_limits(),
             ptx::shared_address(to.key),
             row_source(in.key, first_key, key_head, p.key_heads, p.head_dim, sizeof(T)),
             ptx::shared_address(to.value),
@@ -338,8 +341,9 @@ template <typename T, int kDim, Precision kPrecision>
 cudaError_t launch_dbias(const BackwardPlan& plan, cudaStream_t stream) {
   using S = DBiasShape<T, kDim, kPrecision>;
   return launch(&dbias_kernel<S>, plan.tables * plan.bias_splits, S::kThreads,
-                sizeof(typename S::Shared) + 2 * shared_bias_bytes(plan.call.problem), plan,
-                stream);
+                sizeof(typename S::Shared) +
+                    2 * shared_bias_bytes<S::kBiasRoom>(plan.call.problem),
+                plan, stream);
 }
 
 }  // namespace jax_na::cuda::fused

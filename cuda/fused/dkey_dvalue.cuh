@@ -35,7 +35,7 @@ struct DKeyShape {
 
   using Layout = RowLayout<kDim * sizeof(T)>;
   static constexpr int kRows = backward_rows(kDim, sizeof(T));
-  static constexpr int kColumns = columns_of(kDim, sizeof(T));
+  static constexpr int kColumns = dkey_columns(kDim, sizeof(T));
   static constexpr int kWarps = warps_of(kDim, sizeof(T));
   static constexpr int kThreads = kWarps * kWarpLanes;
   static constexpr bool kPaired = sizeof(T) == 2 && kDim > 64 && kDim <= 128;
@@ -58,15 +58,16 @@ struct DKeyShape {
     alignas(128) uint8_t dout[kStages][kColumns * Layout::kRowBytes];
     alignas(8) float lse[2][kColumns];  // in log2 units; +inf, so that weights are 0, where -inf
     alignas(8) float delta[2][kColumns];
-    TileTables<kRows> tables;
+    TileTables<kRows, kColumns> tables;
   };
   struct TileOfPairs : Tile {
     WeightExchange<kMTiles, kColumns / 8> weights[kRowGroups];
   };
   using Shared = std::conditional_t<kPaired, TileOfPairs, Tile>;
   struct SharedWithBias : Shared {
-    BiasTables<kRows> bias;
+    BiasTables<kRows, kColumns> bias;
   };
+  static_assert(sizeof(SharedWithBias) <= kSharedBytes);
 };
 
 // The queries of one head after the other, box by box; where CTAs share them, a part of the
@@ -78,7 +79,7 @@ struct QueryWalk {
   int32_t begin[kMaxRank];  // the walk's start
 
   template <Side kRowsAre, int kRows>
-  __device__ __forceinline__ void start(const TileTables<kRows>& tables,
+  __device__ __forceinline__ void start(const RowTables<kRows>& tables,
                                         const BackwardPlan& plan, int32_t split) {
     walk.start<kRowsAre>(tables, plan.call.problem, plan.rows, 0, 0);
     member = 0;
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   fill_tables<kRowsAre, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
                                             place.batch, place.first);
   if constexpr (kHasBias) {
-    fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);
+    fill_bias_tables<kThreads>(&shared.bias, p, plan.rows, plan.columns);
   }
   __syncthreads();
   copy_rows<Layout, S::kRows, kThreads>(
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       row_source(plan.call.dout, first_query, first_head, p.heads, p.value_dim, sizeof(T));
   const auto copy_of_box = [&](int stage, const QueryWalk& at) {
     ColumnCopy<Layout, kColumns, kThreads> copy{
-        shared.tables.column,
+        {shared.tables.column},
         at.walk.token(),
         at.walk.guarded_limits(),
         {ptx::shared_address(shared.query[stage]), ptx::shared_address(shared.dout[stage])},

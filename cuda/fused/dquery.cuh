@@ -44,12 +44,13 @@ struct DQueryShape {
     alignas(128) uint8_t dout[kRows * Layout::kRowBytes];
     alignas(128) uint8_t key[kStages][kColumns * Layout::kRowBytes];
     alignas(128) uint8_t value[kStages][kColumns * Layout::kRowBytes];
-    ListTables<kRows> tables;
+    TileTables<kRows, kColumns> tables;
   };
   struct SharedWithBias : Shared {
-    BiasTables<kRows> bias;
+    BiasTables<kRows, kColumns> bias;
     float bias_table[1];  // as long as shared_bias_bytes says
   };
+  static constexpr int64_t kBiasRoom = bias_room<SharedWithBias>();
 };
 
 template <class S, bool kHasBias>
@@ -81,11 +82,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   // ---- Tables and rows ---------------------------------------------------------------
   fill_tables<kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
                                             place.batch, place.first);
-  if (p.additional > 0) fill_list<S::kRows, kThreads>(&shared.tables);
   const float* bias = nullptr;
   if constexpr (kHasBias) {
-    fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);
-    bias = bring_bias<kThreads>(p, in.bias, place.batch, place.head, shared.bias_table);
+    fill_bias_tables<kThreads>(&shared.bias, p, plan.rows, plan.columns);
+    bias = bring_bias<kThreads, S::kBiasRoom>(p, in.bias, place.batch, place.head,
+                                              shared.bias_table);
   }
   __syncthreads();
   copy_rows<Layout, S::kRows, kThreads>(
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
 
   // ---- Walk over the keys ------------------------------------------------------------
   KeyStream<Layout, kColumns, kThreads, sizeof(T)> stream(p, in, place, shared.tables);
-  stream.follow(walk, p, in, place, shared.tables);
+  stream.follow(walk, p, in, place);
   if (kStages == 2 && walk.more()) stream.copy_both(shared.key[0], shared.value[0], walk);
   ptx::copy_async_commit();
   RowOperand<Layout, kMTiles, S::kRowsHeld> query(ptx::shared_address(shared.query), warp_row);
@@ -128,11 +129,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     const uint64_t columns = view.columns(shared.tables, walk, plan.columns);
     if constexpr (kStages == 1) {
       __syncthreads();
-      stream.follow(walk, p, in, place, shared.tables);
+      stream.follow(walk, p, in, place);
       stream.copy_both(shared.key[0], shared.value[0], walk);
       ptx::copy_async_commit();
     } else {
-      stream.follow(next, p, in, place, shared.tables);
+      stream.follow(next, p, in, place);
     }
     const auto copy = stream.copy_of_both(shared.key[kStages - 1 - current],
                                           shared.value[kStages - 1 - current], next);
@@ -203,7 +204,8 @@ cudaError_t launch_dquery_shape(const BackwardPlan& plan, cudaStream_t stream) {
                   stream);
   }
   return launch(&dquery_kernel<S, true>, tiles, S::kThreads,
-                sizeof(typename S::SharedWithBias) + shared_bias_bytes(p), plan, stream);
+                sizeof(typename S::SharedWithBias) + shared_bias_bytes<S::kBiasRoom>(p), plan,
+                stream);
 }
 
 template <typename T, int kDim, Precision kPrecision>

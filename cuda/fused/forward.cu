@@ -26,7 +26,7 @@ cudaError_t forward_fused(const ForwardCall& call, const Tiling& tiling, bool hi
   if (p.batch == 0 || p.query_tokens() == 0 || p.heads == 0) return cudaSuccess;
   const int dim = padded_dim(p), bytes = element_bytes(p);
   if (!supported(p) || !fits(tiling.query_tile, forward_rows(dim, bytes), tiling.key_tile,
-                             columns_of(dim, bytes))) {
+                             forward_columns(dim, bytes))) {
     return cudaErrorInvalidValue;
   }
   const ForwardPlan plan{call, TileGrid(p.query_grid, p.window, tiling.query_tile),

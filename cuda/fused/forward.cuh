@@ -21,7 +21,7 @@ struct ForwardShape {
   static constexpr Precision kPrecision = kPrecision_;
 
   using Layout = RowLayout<kDim * sizeof(T)>;
-  static constexpr int kColumns = columns_of(kDim, sizeof(T));
+  static constexpr int kColumns = forward_columns(kDim, sizeof(T));
   static constexpr int kWarps = warps_of(kDim, sizeof(T));
   static constexpr int kThreads = kWarps * kWarpLanes;
   static constexpr int kWarpRows = kRows / kWarps;
@@ -42,10 +42,11 @@ struct ForwardShape {
     alignas(128) uint8_t query[kRows * Layout::kRowBytes];  // the output in the end
     alignas(128) uint8_t key[kStages][kColumns * Layout::kRowBytes];
     alignas(128) uint8_t value[kStages][kColumns * Layout::kRowBytes];
-    ListTables<kRows> tables;
-    BiasTables<kRows> bias;
+    TileTables<kRows, kColumns> tables;
+    BiasTables<kRows, kColumns> bias;
     float bias_table[1];  // as long as shared_bias_bytes says
   };
+  static constexpr int64_t kBiasRoom = bias_room<Shared>();
 };
 
 template <class S, bool kHasBias>
@@ -74,11 +75,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   }
   fill_tables<kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.columns,
                                             place.batch, place.first);
-  if (p.additional > 0) fill_list<S::kRows, kThreads>(&shared.tables);
   const float* bias = nullptr;
   if constexpr (kHasBias) {
-    fill_bias_tables<S::kRows, kThreads>(&shared.bias, p, plan.rows, plan.columns);
-    bias = bring_bias<kThreads>(p, in.bias, place.batch, place.head, shared.bias_table);
+    fill_bias_tables<kThreads>(&shared.bias, p, plan.rows, plan.columns);
+    bias = bring_bias<kThreads, S::kBiasRoom>(p, in.bias, place.batch, place.head,
+                                              shared.bias_table);
   }
   __syncthreads();
   copy_rows<Layout, S::kRows, kThreads>(ptx::shared_address(shared.query), query,
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
 
   // ---- Walk over the keys --------------------------------------------------------------
   KeyStream<Layout, kColumns, kThreads, sizeof(T)> stream(p, in, place, shared.tables);
-  stream.follow(walk, p, in, place, shared.tables);
+  stream.follow(walk, p, in, place);
   if (walk.more()) {
     if constexpr (kStages == 2) {
       stream.copy_both(shared.key[0], shared.value[0], walk);
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
       stream.copy_values(shared.value[0], walk);
       ptx::copy_async_commit();
     }
-    stream.follow(next, p, in, place, shared.tables);
+    stream.follow(next, p, in, place);
     if constexpr (kStages == 2) {
       if (next.more()) {
         stream.copy_both(shared.key[1 - current], shared.value[1 - current], next);
@@ -198,8 +199,8 @@ cudaError_t launch_forward(const ForwardPlan& plan, cudaStream_t stream) {
   if (plan.call.in.bias == nullptr) {
     return launch(&forward_kernel<S, false>, ctas, S::kThreads, bytes, plan, stream);
   }
-  return launch(&forward_kernel<S, true>, ctas, S::kThreads, bytes + shared_bias_bytes(p), plan,
-                stream);
+  return launch(&forward_kernel<S, true>, ctas, S::kThreads,
+                bytes + shared_bias_bytes<S::kBiasRoom>(p), plan, stream);
 }
 
 }  // namespace jax_na::cuda::fused

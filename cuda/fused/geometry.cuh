@@ -139,11 +139,17 @@ __device__ __forceinline__ uint64_t leading_columns(int32_t count) {
 
 // One coordinate of a tile: the interval of columns that its tokens see, in relative class
 // indices; nothing where lo > hi.
+constexpr int32_t kNoLo = 1 << 29, kNoHi = -(1 << 29);
+
 struct Interval {
   int32_t lo, hi;
-  bool in_grid;  // there is a token, and it belongs to the grid
+
+  // Of a token that belongs to the grid and sees nothing, and where there is no such token.
+  static __device__ __forceinline__ Interval nothing(bool in_grid) {
+    return {kNoLo, in_grid ? kNoHi : kNoHi - 1};
+  }
+  __device__ __forceinline__ bool in_grid() const { return hi >= kNoHi; }
 };
-constexpr int32_t kNoLo = 1 << 29, kNoHi = -(1 << 29);
 
 // Which tokens own rows. Relative index 0 of a column is absolute class index p - (k - 1) for
 // the keys and j + (k - 1) for the queries, where p or j is that of the tile's first row. The
@@ -176,18 +182,17 @@ struct Sides {
                                                       int axis, int32_t first, int32_t i) {
     const AxisWindow& w = p.window[axis];
     const int32_t token = first + w.dilation * i;
-    if (token >= row_grid(p)[axis]) return {kNoLo, kNoHi, false};
+    if (token >= row_grid(p)[axis]) return Interval::nothing(false);
     if constexpr (kRowsAre == Side::kAdditional) {
       const int32_t lo = max(0, -frame.query_origin);
       const int32_t hi = min(p.query_grid[axis], frame.length - frame.query_origin);
-      return lo < hi ? Interval{lo, hi, true} : Interval{kNoLo, kNoHi, true};
+      return lo < hi ? Interval{lo, hi} : Interval::nothing(true);
     } else {
       const AxisRange range = kRowsAre == Side::kQueries ? keys_of_query(w, frame, token)
                                                          : queries_of_key(w, frame, token);
-      const bool inside = in_grid(frame, token);
-      if (range.count == 0) return {kNoLo, kNoHi, inside};
+      if (range.count == 0) return Interval::nothing(in_grid(frame, token));
       const int32_t lo = i + kSign * range.bias_row;
-      return {lo, lo + range.count, inside};
+      return {lo, lo + range.count};
     }
   }
 
@@ -215,6 +220,16 @@ __device__ __forceinline__ uint32_t pack_fields(int32_t z, int32_t y, int32_t x)
          static_cast<uint32_t>(x);
 }
 
+// Those of a box: from a table, or columns that are a list.
+struct ColumnEntries {
+  const ColumnEntry* table;  // none for a list
+
+  __device__ __forceinline__ bool in_list() const { return table == nullptr; }
+  __device__ __forceinline__ ColumnEntry operator[](int32_t column) const {
+    return in_list() ? ColumnEntry{column, pack_fields(0, 0, column)} : table[column];
+  }
+};
+
 // Whether every coordinate is at most its limit: a field that is larger borrows its guard bit.
 __device__ __forceinline__ bool within(uint32_t coordinates, uint32_t guarded_limits) {
   return ((guarded_limits - coordinates) & kFieldGuards) == kFieldGuards;
@@ -224,30 +239,28 @@ __device__ __forceinline__ bool within(uint32_t coordinates, uint32_t guarded_li
 // not read, what it is given is zeros), kNoToken where a row has none.
 constexpr int32_t kNoToken = INT32_MIN;
 
-// What all threads of a CTA know about its tile, in shared memory.
+// What all threads of a CTA know about the rows of its tile, in shared memory.
 template <int kRows>
-struct TileTables {
+struct RowTables {
   Interval interval[kRows + 2];  // of the coordinates of axis 0, then 1, then 2
   int32_t origin[kMaxRank];
   int32_t row_token[kRows];      // or ~token, or kNoToken
-  ColumnEntry column[kMaxColumns];
 };
 
-// The same where the additional keys are visited, too.
-template <int kRows>
-struct ListTables : TileTables<kRows> {
-  ColumnEntry additional[kMaxColumns];  // columns that are a list
+// The same, and the columns of a box.
+template <int kRows, int kColumns>
+struct TileTables : RowTables<kRows> {
+  ColumnEntry column[kColumns];
 };
 
 // jax_na/_shared_memory.py counts with these sizes.
-static_assert(sizeof(TileTables<32>) == 1064 && sizeof(TileTables<64>) == 1576 &&
-              sizeof(TileTables<128>) == 2600 && sizeof(ListTables<64>) == 2088);
+static_assert(sizeof(RowTables<64>) == 796 && sizeof(TileTables<64, 32>) == 1056);
 
 // Fills the tables; the caller synchronises. `first` is the tile's first token.
 template <Side kRowsAre, int kRows, int kThreads>
-__device__ __forceinline__ void fill_tables(TileTables<kRows>* tables, const Problem& p,
-                                            const TileGrid& grid, const ColumnBox& box,
-                                            int64_t batch, const int32_t (&first)[kMaxRank]) {
+__device__ __forceinline__ void fill_row_tables(RowTables<kRows>* tables, const Problem& p,
+                                                const TileGrid& grid, int64_t batch,
+                                                const int32_t (&first)[kMaxRank]) {
   using S = Sides<kRowsAre>;
   const int thread = threadIdx.x;
   const int32_t(&extent)[kMaxRank] = grid.tile.extent;
@@ -272,7 +285,16 @@ __device__ __forceinline__ void fill_tables(TileTables<kRows>* tables, const Pro
     }
     tables->row_token[row] = !exists ? kNoToken : inside ? token : ~token;
   }
-  for (int column = kThreads - 1 - thread; column < kMaxColumns; column += kThreads) {
+}
+
+template <Side kRowsAre, int kRows, int kThreads, int kColumns>
+__device__ __forceinline__ void fill_tables(TileTables<kRows, kColumns>* tables,
+                                            const Problem& p, const TileGrid& grid,
+                                            const ColumnBox& box, int64_t batch,
+                                            const int32_t (&first)[kMaxRank]) {
+  using S = Sides<kRowsAre>;
+  fill_row_tables<kRowsAre, kRows, kThreads>(tables, p, grid, batch, first);
+  for (int column = kThreads - 1 - threadIdx.x; column < kColumns; column += kThreads) {
     int32_t at[kMaxRank], token = 0;
     box.order.point(column, at);
 #pragma unroll
@@ -281,14 +303,6 @@ __device__ __forceinline__ void fill_tables(TileTables<kRows>* tables, const Pro
     }
     const bool exists = column < box.order.size;
     tables->column[column] = {token, exists ? pack_fields(at[0], at[1], at[2]) : kNoColumn};
-  }
-}
-
-// The rest of such tables; likewise.
-template <int kRows, int kThreads>
-__device__ __forceinline__ void fill_list(ListTables<kRows>* tables) {
-  for (int column = threadIdx.x; column < kMaxColumns; column += kThreads) {
-    tables->additional[column] = {column, pack_fields(0, 0, column)};
   }
 }
 
@@ -306,7 +320,7 @@ struct Walk {
   int32_t list_at;
 
   template <Side kRowsAre, int kRows>
-  __device__ __forceinline__ void start(const TileTables<kRows>& tables, const Problem& p,
+  __device__ __forceinline__ void start(const RowTables<kRows>& tables, const Problem& p,
                                         const TileGrid& grid, int32_t additional_columns,
                                         int32_t columns_at_once) {
     using S = Sides<kRowsAre>;
@@ -322,7 +336,7 @@ struct Walk {
         const Interval& interval = tables.interval[begin + i];
         low = min(low, interval.lo);
         high = max(high, interval.hi);
-        inside |= interval.in_grid;
+        inside |= interval.in_grid();
       }
       begin += grid.tile.extent[a];
       lo[a] = ptx::warp_min(low);
@@ -385,7 +399,7 @@ struct RowView {
   int32_t at[kMaxRank];  // where the walk was then
 
   template <int kRows>
-  __device__ __forceinline__ void start(const TileTables<kRows>& tables, const TileGrid& grid,
+  __device__ __forceinline__ void start(const RowTables<kRows>& tables, const TileGrid& grid,
                                         int row) {
     int32_t point[kMaxRank];
     grid.tile.point(row, point);
@@ -396,14 +410,14 @@ struct RowView {
     for (int a = 0; a < kMaxRank; ++a) {
       interval[a] = sees_grid ? begin + point[a] : 0;
       begin += grid.tile.extent[a];
-      sees_list = sees_list && tables.interval[interval[a]].in_grid;
+      sees_list = sees_list && tables.interval[interval[a]].in_grid();
       set[a] = 0;
       at[a] = -1;
     }
   }
 
   template <int kRows>
-  __device__ __forceinline__ uint64_t columns(const TileTables<kRows>& tables, const Walk& walk,
+  __device__ __forceinline__ uint64_t columns(const RowTables<kRows>& tables, const Walk& walk,
                                               const ColumnBox& box) {
     if (walk.in_list) return sees_list ? leading_columns(walk.additional - walk.list_at) : 0;
 #pragma unroll

@@ -86,7 +86,7 @@ __device__ __forceinline__ void copy_row(uint32_t to, const RowSource& source, i
 // Starts to copy the columns of the box at hand from one array or from two of the same tokens;
 // columns that do not exist become zeros.
 template <class Layout, int kColumns, int kThreads>
-__device__ __forceinline__ void copy_columns(const ColumnEntry* entries, int32_t token,
+__device__ __forceinline__ void copy_columns(const ColumnEntries& entries, int32_t token,
                                              uint32_t guarded_limits, uint32_t block,
                                              const RowSource& source, uint32_t other_block = 0,
                                              const RowSource& other = {nullptr, 0, 0}) {
@@ -114,7 +114,7 @@ struct ColumnCopy {
   static constexpr int kParts = kColumns / Share::kRowsPerPass;
   static constexpr int kSteps = Layout::kRowBytes / 32;  // of a product along these rows
 
-  const ColumnEntry* entries;
+  ColumnEntries entries;
   int32_t token;
   uint32_t guarded_limits;
   uint32_t block[2];

@@ -44,26 +44,23 @@ struct TilePlace {
 template <class Layout, int kColumns, int kThreads, int kElementBytes>
 struct KeyStream {
   RowSource key, value;
-  const ColumnEntry* entries;
-  bool in_list = false;
+  ColumnEntries entries;
 
   template <int kRows>
   __device__ __forceinline__ KeyStream(const Problem& p, const Inputs& in,
-                                       const TilePlace& place, const TileTables<kRows>& tables)
-      : entries(tables.column) {
+                                       const TilePlace& place,
+                                       const TileTables<kRows, kColumns>& tables)
+      : entries{tables.column} {
     const int64_t row = place.batch * p.key_tokens();
     key = row_source(in.key, row, place.key_head, p.key_heads, p.head_dim, kElementBytes);
     value = row_source(in.value, row, place.key_head, p.key_heads, p.value_dim, kElementBytes);
   }
 
   // To be called before what `walk` has at hand is copied.
-  template <int kRows>
   __device__ __forceinline__ void follow(const Walk& walk, const Problem& p, const Inputs& in,
-                                         const TilePlace& place,
-                                         const ListTables<kRows>& tables) {
-    if (in_list || !walk.in_list || !walk.more()) return;
-    in_list = true;
-    entries = tables.additional;
+                                         const TilePlace& place) {
+    if (entries.in_list() || !walk.in_list || !walk.more()) return;
+    entries = {nullptr};
     const int64_t row = place.batch * p.additional;
     key = row_source(in.additional_key, row, place.key_head, p.key_heads, p.head_dim,
                      kElementBytes);

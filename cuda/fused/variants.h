@@ -41,6 +41,10 @@ cudaError_t with_padded_dim(const Problem& p, const Launch& launch) {
   }
 }
 
+// Shared memory that a CTA can have on every GPU: those of compute capability 8.6, 8.9 and 12.x
+// have no more.
+constexpr int64_t kSharedBytes = 99 * 1024;
+
 // A warp has 16 rows or, in the kernels of 128 rows, 32: these read half as much shared memory
 // for a product, where their sums fit the registers. Rows of more than 512 bytes leave shared
 // memory for half a tile either way.
@@ -48,14 +52,18 @@ constexpr int warps_of(int padded_dim, int element_bytes) {
   return padded_dim * element_bytes <= 512 ? 4 : 2;
 }
 
-// The tokens that are visited at once, at most, by kernels of 16 rows per warp.
-constexpr int columns_of(int padded_dim, int element_bytes) {
-  return padded_dim * element_bytes <= 512 ? 64 : 32;
-}
-
 // The tokens that a CTA owns, at most, with 16 rows per warp.
 constexpr int backward_rows(int padded_dim, int element_bytes) {
   return 16 * warps_of(padded_dim, element_bytes);
+}
+
+// The tokens that are visited at once, at most: in the forward pass, where keys and values of
+// those and queries are in shared memory, and for gradients, with one block of rows more.
+constexpr int forward_columns(int padded_dim, int element_bytes) {
+  return padded_dim * element_bytes <= 512 ? 64 : 32;
+}
+constexpr int backward_columns(int padded_dim, int element_bytes) {
+  return padded_dim * element_bytes <= 384 ? 64 : padded_dim * element_bytes <= 768 ? 32 : 16;
 }
 
 // With 32 rows per warp, where there is such a kernel, and what it visits at once.
@@ -68,13 +76,23 @@ constexpr int dquery_rows(int padded_dim, int element_bytes) {
          (element_bytes == 2 && padded_dim > 64 && padded_dim <= 128 ? 2 : 1);
 }
 constexpr int dquery_columns(int padded_dim, int element_bytes, int rows) {
-  return rows > backward_rows(padded_dim, element_bytes) ? 32
-                                                         : columns_of(padded_dim, element_bytes);
+  return rows > backward_rows(padded_dim, element_bytes)
+             ? 32
+             : backward_columns(padded_dim, element_bytes);
 }
 
-// Rows and columns of the kernels for the bias's gradient, which keep all of a visit's tokens.
+// Pairs of warps that make gradients of keys and values have weights in shared memory, too.
+constexpr int dkey_columns(int padded_dim, int element_bytes) {
+  return element_bytes == 2 && padded_dim == 128 ? 48
+                                                 : backward_columns(padded_dim, element_bytes);
+}
+
+// The kernels for the bias's gradient keep all of a visit's tokens, and their scores.
 constexpr int dbias_rows(int padded_dim, int element_bytes) {
   return padded_dim * element_bytes <= 256 ? 64 : 32;
+}
+constexpr int dbias_columns(int padded_dim, int element_bytes) {
+  return padded_dim * element_bytes <= 512 ? dbias_rows(padded_dim, element_bytes) : 16;
 }
 
 inline int64_t box_size(const int32_t (&box)[kMaxRank]) {

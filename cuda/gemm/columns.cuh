@@ -23,7 +23,7 @@ struct ColumnList {
 
   // Of every axis but the first the list has `least` columns or more.
   template <Side kRowsAre, int kRows>
-  __device__ __forceinline__ void start(const TileTables<kRows>& tables, const Problem& p,
+  __device__ __forceinline__ void start(const RowTables<kRows>& tables, const Problem& p,
                                         const TileGrid& grid,
                                         const int32_t (&least)[kMaxRank]) {
     tokens.start<kRowsAre>(tables, p, grid, 0, 0);
@@ -95,7 +95,7 @@ struct ListView {
   uint32_t again[kMaxRank];  // of the first 32 columns of a period, and of short ones after it
 
   template <int kRows>
-  __device__ __forceinline__ void start(const TileTables<kRows>& tables, const TileGrid& grid,
+  __device__ __forceinline__ void start(const RowTables<kRows>& tables, const TileGrid& grid,
                                         const ColumnList& list, int warp_row) {
     const int row = warp_row + threadIdx.x % 16;
     const bool exists = tables.row_token[row] != kNoToken;

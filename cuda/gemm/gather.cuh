@@ -29,7 +29,7 @@ struct GatherShape : Shape<T, kDim, kPrecision> {
     Weights weights;
     Run runs[2 * Base::kRows];  // of the rows of the images
     ColumnTable<Base::kColumns> columns[kTables];
-    TileTables<Base::kRows> tables;
+    RowTables<Base::kRows> tables;
   };
 };
 
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   const TilePlace place(blockIdx.x, plan.rows, p.window, plan.one, plan.head_parts);
   if (!place.exists(p.query_grid)) return;
   shared.weights.start();
-  fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
-                                                  place.batch, place.first);
+  fill_row_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, place.batch,
+                                                      place.first);
   __syncthreads();
   ColumnList list;
   list.start<Side::kQueries>(shared.tables, p, plan.rows, LeastKeys(p).count);

@@ -63,12 +63,10 @@ cudaError_t run(const UnfusedCall& call, const int32_t (&grid)[kMaxRank], int32_
     if (rows < 1 || rows > shape.kRows) return cudaErrorInvalidValue;
     const AxisWindow* w = p.window;
     const int32_t window[kMaxRank] = {w[0].kernel_size, w[1].kernel_size, w[2].kernel_size};
-    constexpr int32_t kNoBox[kMaxRank] = {1, 1, 1};
     const TileGrid tiles(grid, p.window, tiling.row_tile);
     const int32_t cta_heads = heads_of_cta(p, heads, tiles);
     const UnfusedPlan plan{call,
                            tiles,
-                           ColumnBox(kNoBox),
                            Divisor(1),
                            Divisor(p.heads / p.key_heads),
                            cta_heads,

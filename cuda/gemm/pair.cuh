@@ -33,7 +33,7 @@ struct PairShape : Shape<T, kDim, kPrecision> {
     alignas(16) uint8_t products[Base::kRows * Products::kRowBytes];
     Run runs[Base::kRows];
     ColumnTable<Base::kColumns> columns[kTables];
-    TileTables<Base::kRows> tables;
+    RowTables<Base::kRows> tables;
   };
 };
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ void store_product(const SlotArray<typename S::T>& ar
 template <class S>
 __device__ __forceinline__ void clear_empty_slots(const SlotArray<typename S::T>& array,
                                                   const UnfusedPlan& plan,
-                                                  const TileTables<S::kRows>& tables,
+                                                  const RowTables<S::kRows>& tables,
                                                   const QueryRow& row, int warp_row) {
   __syncwarp();
   const int lane = threadIdx.x % kWarpLanes;
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   if (p.head_dim < S::kDim) {
     clear_block<sizeof(shared.query) + sizeof(shared.key), kThreads>(shared.query);
   }
-  fill_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
-                                                  place.batch, place.first);
+  fill_row_tables<Side::kQueries, S::kRows, kThreads>(&shared.tables, p, plan.rows, place.batch,
+                                                      place.first);
   __syncthreads();
   ColumnList list;
   list.start<Side::kQueries>(shared.tables, p, plan.rows, LeastKeys(p).count);

@@ -46,7 +46,6 @@ constexpr int most_spanned(int element_bytes) { return 224 / element_bytes; }
 struct UnfusedPlan {
   UnfusedCall call;
   TileGrid rows;
-  ColumnBox no_box;  // for the tables of a tile: columns are pieces of a list (columns.cuh)
   Divisor one;
   Divisor group;       // query heads of a key head
   int32_t cta_heads;   // which one CTA works on, one after the other: of keys in scatter

@@ -31,7 +31,7 @@ struct ScatterShape : Shape<T, kDim, kPrecision> {
     Run runs[kTables][Base::kColumns];
     ColumnTable<Base::kColumns> columns[kTables];
     AxisFrame frame[kMaxRank];
-    TileTables<Base::kRows> tables;
+    RowTables<Base::kRows> tables;
   };
 };
 
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   const TilePlace place(blockIdx.x, plan.rows, p.window, plan.one, plan.head_parts);
   if (!place.exists(p.key_grid)) return;
   shared.weights.start();
-  fill_tables<Side::kKeys, S::kRows, kThreads>(&shared.tables, p, plan.rows, plan.no_box,
-                                               place.batch, place.first);
+  fill_row_tables<Side::kKeys, S::kRows, kThreads>(&shared.tables, p, plan.rows, place.batch,
+                                                   place.first);
   if (threadIdx.x < kMaxRank) {
     shared.frame[threadIdx.x] = p.axis_frame(place.batch, threadIdx.x);
   }

@@ -12,6 +12,9 @@ using namespace sm90;
 
 namespace {
 
+// Room for a counter of tiles: one float, and what follows it is written in vectors of four.
+constexpr int64_t kCounter = 4;
+
 // Whether the kernel for dquery makes delta, too. It takes a spare warp some 20 us per tile, about
 // the time of so many boxes.
 bool dquery_makes_delta(const BackwardCall& call, const HopperTiling& tiling) {
@@ -29,13 +32,25 @@ bool dquery_makes_delta(const BackwardCall& call, const HopperTiling& tiling) {
   return boxes >= kBoxes;
 }
 
+bool is_empty(const Problem& p) { return p.batch == 0 || p.heads == 0; }
+
+int64_t count_sums(const Problem& p) {
+  return p.batch * p.query_tokens() * p.heads * padded_dim(p);
+}
+
 }  // namespace
 
+int64_t backward_sm90_workspace(const BackwardCall& call) {
+  const bool makes_both =
+      call.dquery != nullptr && (call.dkey != nullptr || call.dvalue != nullptr);
+  return makes_both && !is_empty(call.problem) ? kCounter : 0;
+}
+
 cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& tiling,
-                          cudaStream_t stream) {
+                          float* workspace, cudaStream_t stream) {
   const Problem& p = call.problem;
   if (!supported(p)) return cudaErrorInvalidValue;
-  if (p.batch == 0 || p.heads == 0) return cudaSuccess;
+  if (is_empty(p)) return cudaSuccess;
   const TokenPair queries{call.in.query, call.dout};
   BackwardPlan plan{};
   plan.call = call;
@@ -45,9 +60,15 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
     if (status != cudaSuccess) return status;
     plan.call.out = nullptr;
   }
+  // Walks of keys differ in length. The kernel that comes first clears their counter.
+  int32_t* taken = nullptr;
+  if (backward_sm90_workspace(call) > 0 && p.query_tokens() > 0) {
+    taken = reinterpret_cast<int32_t*>(workspace);
+  }
   if (call.dquery != nullptr && p.query_tokens() > 0) {
     status = make_query_streams(p, tiling.dquery, queries, call.in, &plan.streams);
     if (status != cudaSuccess) return status;
+    plan.streams.next_taken = taken;
     status = with_type_and_dim<32, 64, 96, 128>(p, [&](auto variant) {
       using V = decltype(variant);
       return launch_dquery<typename V::Type, V::kDim>(plan, tiling.dquery, stream);
@@ -57,6 +78,8 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
   if ((call.dkey != nullptr || call.dvalue != nullptr) && p.key_tokens() > 0) {
     status = make_key_streams(p, tiling.dkey_dvalue, call.in, queries, &plan.streams);
     if (status != cudaSuccess) return status;
+    plan.streams.taken = taken;
+    plan.streams.next_taken = nullptr;
     status = with_type_and_dim<32, 64, 96, 128>(p, [&](auto variant) {
       using V = decltype(variant);
       return launch_dkey_dvalue<typename V::Type, V::kDim>(plan, tiling.dkey_dvalue, stream);
@@ -66,24 +89,26 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
 }
 
 int64_t gradients_sm90_workspace(const Problem& p) {
-  return p.batch * p.query_tokens() * p.heads * padded_dim(p);
+  return is_empty(p) ? 0 : count_sums(p) + kCounter;
 }
 
-cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling, float* sums,
-                           cudaStream_t stream) {
+cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling,
+                           float* workspace, cudaStream_t stream) {
   const Problem& p = call.problem;
   if (!supported(p) || p.additional > 0) return cudaErrorInvalidValue;
-  const int64_t size = gradients_sm90_workspace(p);
-  if (size > 0) {
-    const cudaError_t status = cudaMemsetAsync(sums, 0, size * sizeof(float), stream);
-    if (status != cudaSuccess) return status;
-  }
+  if (is_empty(p)) return cudaSuccess;
+  float* const sums = workspace;
+  const int64_t size = count_sums(p);
+  const cudaError_t cleared =
+      cudaMemsetAsync(workspace, 0, gradients_sm90_workspace(p) * sizeof(float), stream);
+  if (cleared != cudaSuccess) return cleared;
   if (p.batch * p.key_tokens() * p.key_heads > 0) {
     GradientsPlan plan{};
     plan.call = call;
     cudaError_t status = make_key_streams(p, tiling, call.in, {call.in.query, call.dout},
                                           &plan.streams);
     if (status != cudaSuccess) return status;
+    plan.streams.taken = reinterpret_cast<int32_t*>(sums + size);
     TokenBox box{{}, {}, kSumChannels};
     for (int a = 0; a < kMaxRank; ++a) {
       box.extent[a] = tiling.column_box[a];

@@ -96,6 +96,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
       ptx::prefetch_map(&streams.column[k]);
     }
   }
+  if (streams.next_taken != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    *streams.next_taken = 0;
+  }
   shared.constants.fill(streams.cut, S::kThreads);
   init<S>(shared.pipeline, streams.cut);
   if constexpr (!S::kMaskProduct) {

@@ -209,13 +209,21 @@ __device__ __forceinline__ void produce_tiles(const Streams& streams, const Prob
     ptx::barrier_wait(&pipeline.tile_empty[stage], round / S::kTiles % 2 ^ 1);
     return stage;
   };
-  for (; tile < streams.tiles; tile += gridDim.x * S::kPipelines) {
+  const int32_t pipelines = gridDim.x * S::kPipelines;
+  while (tile < streams.tiles) {
+    // Asked for long before it is needed, so that nothing waits for the answer.
+    int32_t next = tile;
+    if (streams.taken != nullptr && threadIdx.x % kWarpLanes == 0) {
+      next = atomicAdd(streams.taken, 1);
+    }
     const TilePlace place(tile, streams.cut.ctas, p.window, streams.group, streams.key_heads,
                           S::kHasBias);
-    if (!place.exists(Sides<kRowsAre>::row_grid(p))) continue;
-    wait_for_stage();
-    then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, round), place);
-    ++round;
+    if (place.exists(Sides<kRowsAre>::row_grid(p))) {
+      wait_for_stage();
+      then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, round), place);
+      ++round;
+    }
+    tile = pipelines + uniform(next);
   }
   const uint32_t stage = wait_for_stage();
   if (threadIdx.x % kWarpLanes == 0) {

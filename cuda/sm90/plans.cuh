@@ -19,6 +19,10 @@ struct Streams {
   Divisor group, key_heads;  // heads of rows per key head; key heads
   int32_t members;           // heads of columns per key head
   int32_t tiles;             // of all heads and samples
+  // How many tiles were taken beyond the first of every pipeline; null where tiles are dealt out in
+  // turn. And that of the next launch, to be cleared.
+  int32_t* taken;
+  int32_t* next_taken;
   BiasLayout bias;           // set by the launch of a kernel with a bias
 };
 

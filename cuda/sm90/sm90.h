@@ -30,17 +30,18 @@ struct HopperBackwardTiling {
   HopperTiling dkey_dvalue;  // rows are keys, columns queries
 };
 
-// dquery, dkey and dvalue, in gather form and without workspace, and delta, if it is not given;
-// head dimensions up to 128, and the bias tables of all heads of a group at most 512 entries. The
-// other gradients of the call are left alone.
+// dquery, dkey and dvalue, in gather form, and delta, if it is not given; head dimensions up to
+// 128, and the bias tables of all heads of a group at most 512 entries. The other gradients of the
+// call are left alone. `workspace` is scratch memory of so many floats.
+int64_t backward_sm90_workspace(const BackwardCall& call);
 cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& tiling,
-                          cudaStream_t stream);
+                          float* workspace, cudaStream_t stream);
 
 // All three gradients in one walk, those of the queries as sums in any order, so that reruns
-// differ by rounding. delta is given. `sums` is scratch memory of so many floats. Head dimensions
-// and bias as above; no additional keys.
+// differ by rounding. delta is given. Head dimensions, bias and workspace as above; no additional
+// keys.
 int64_t gradients_sm90_workspace(const Problem& p);
-cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling, float* sums,
-                           cudaStream_t stream);
+cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling,
+                           float* workspace, cudaStream_t stream);
 
 }  // namespace jax_na::cuda

@@ -108,7 +108,7 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
     const int32_t i = e - (axis == 0 ? 0 : axis == 1 ? end_0 : end_1);
     const int32_t start = axis == 0 ? first[0] : axis == 1 ? first[1] : first[2];
     const Interval seen = S::interval(p, p.axis_frame(place.batch, axis), axis, start, i);
-    table->seen[e] = seen.in_grid ? Seen{seen.lo, seen.hi} : Seen{-kEverything, kEverything};
+    table->seen[e] = seen.in_grid() ? Seen{seen.lo, seen.hi} : Seen{-kEverything, kEverything};
     int own = kGroups + axis - (axis > axis_0 ? 1 : 0);
     if (axis == axis_0) {
       own = 0;

@@ -275,18 +275,20 @@ class Check {
     call.dvalue = gradients[2];
     const bool in_one_walk = line_.words.count("gradients_groups") != 0;
     const HopperTiling walk = in_one_walk ? line_.tiling("gradients") : HopperTiling{};
-    float* sums = in_one_walk ? memory_.take<float>(gradients_sm90_workspace(p)) : nullptr;
+    float* workspace = memory_.take<float>(
+        in_one_walk ? gradients_sm90_workspace(p) : backward_sm90_workspace(call));
     if (timed_) {  // of any numbers
       require(cudaMemset(lse, 0, queries_ * sizeof(float)));
       require(cudaMemset(delta, 0, queries_ * sizeof(float)));
       BackwardCall own = call;
       own.dkey = own.dvalue = nullptr;
-      time("dquery", [&] { return backward_sm90(own, tiling, nullptr); });
+      time("dquery", [&] { return backward_sm90(own, tiling, nullptr, nullptr); });
       own = call;
       own.dquery = nullptr;
-      time("dkey_dvalue", [&] { return backward_sm90(own, tiling, nullptr); });
+      time("dkey_dvalue", [&] { return backward_sm90(own, tiling, nullptr, nullptr); });
+      time("apart", [&] { return backward_sm90(call, tiling, workspace, nullptr); });
       if (in_one_walk) {
-        time("gradients", [&] { return gradients_sm90(call, walk, sums, nullptr); });
+        time("gradients", [&] { return gradients_sm90(call, walk, workspace, nullptr); });
       }
       return true;
     }
@@ -322,10 +324,10 @@ class Check {
         require(cudaMemset(gradients[i], 0xff, counts[i] * sizeof(T)));
       }
     };
-    require(backward_sm90(call, tiling, nullptr));
+    require(backward_sm90(call, tiling, workspace, nullptr));
     check("");
     if (in_one_walk) {
-      require(gradients_sm90(call, walk, sums, nullptr));
+      require(gradients_sm90(call, walk, workspace, nullptr));
       check("in one walk ");
     }
     return right;
