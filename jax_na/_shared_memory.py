@@ -93,7 +93,7 @@ def _backward_stages(row_bytes: int) -> int:
 
 
 def _with_bias(size: int, entries: int | None, tables: int = 1) -> int:
-    """With as many tables of one head as there is room for; others stay where they are."""
+    """With so many tables of one head if there is room for them."""
     table = 4 * (entries or 0)
     room = min((_EVERY_GPU - size) // tables, _LARGEST_BIAS)
     return size + tables * table if table <= room else size

@@ -122,9 +122,10 @@ def test_choice_is_the_cheapest(axes: Any, rows_are_keys: bool) -> None:
         for row_tile in boxes(rows)
         for box in boxes(columns)
     )
-    # A smaller box can be cheaper by needing no mask where a larger one does, or where all
-    # that so many rows see just fills a box.
-    assert model.cost(chosen) <= least * 1.35
+    # A smaller box can be cheaper by needing no mask where a larger one does, or, where
+    # windows hold one key, as all that so many rows see just fills a box.
+    one_key = any(axis.kernel_size == 1 for axis in axes)
+    assert model.cost(chosen) <= least * (1.35 if one_key else 1.25)
 
 
 @pytest.mark.parametrize("rows_are_keys", [False, True])

@@ -60,14 +60,11 @@ cudaError_t backward_sm90(const BackwardCall& call, const HopperBackwardTiling& 
     if (status != cudaSuccess) return status;
     plan.call.out = nullptr;
   }
-  // Walks of keys differ in length. The kernel that comes first clears their counter.
-  int32_t* taken = nullptr;
-  if (backward_sm90_workspace(call) > 0 && p.query_tokens() > 0) {
-    taken = reinterpret_cast<int32_t*>(workspace);
-  }
+  int32_t* taken = nullptr;  // of tiles of keys, whose walks differ in length
   if (call.dquery != nullptr && p.query_tokens() > 0) {
     status = make_query_streams(p, tiling.dquery, queries, call.in, &plan.streams);
     if (status != cudaSuccess) return status;
+    if (backward_sm90_workspace(call) > 0) taken = reinterpret_cast<int32_t*>(workspace);
     plan.streams.next_taken = taken;
     status = with_type_and_dim<32, 64, 96, 128>(p, [&](auto variant) {
       using V = decltype(variant);
@@ -97,10 +94,9 @@ cudaError_t gradients_sm90(const BackwardCall& call, const HopperTiling& tiling,
   const Problem& p = call.problem;
   if (!supported(p) || p.additional > 0) return cudaErrorInvalidValue;
   if (is_empty(p)) return cudaSuccess;
-  float* const sums = workspace;
+  float* const sums = workspace;  // and the counter
   const int64_t size = count_sums(p);
-  const cudaError_t cleared =
-      cudaMemsetAsync(workspace, 0, gradients_sm90_workspace(p) * sizeof(float), stream);
+  const cudaError_t cleared = cudaMemsetAsync(sums, 0, (size + kCounter) * sizeof(float), stream);
   if (cleared != cudaSuccess) return cleared;
   if (p.batch * p.key_tokens() * p.key_heads > 0) {
     GradientsPlan plan{};
