@@ -51,7 +51,6 @@ DIGITS = models.Config(
     dilations=((1, 2), (1, 1)),
     mlp_ratio=2.0,
     num_channels=1,
-    drop_path_rate=0.1,
 )
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 EMA_DECAY = 0.999
@@ -194,7 +193,7 @@ def distorted(key: jax.Array, image: jax.Array, flip: bool) -> jax.Array:
     size = jnp.array(image.shape[:2], jnp.float32)[:, None, None]
     pixels = jnp.indices(image.shape[:2], jnp.float32) - (size - 1) / 2
     source = jnp.einsum("ij,jhw->ihw", matrix, pixels) + (size - 1) / 2
-    source += 0.1 * size * jnp.array(shift)[:, None, None]
+    source += 0.06 * size * jnp.array(shift)[:, None, None]
     if flip:
         across = jnp.where(jax.random.bernoulli(mirror), source[1], size[1] - source[1])
         source = source.at[1].set(across)
@@ -490,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser.add_argument(
         "--size", type=int, default=224, help="side of images of --data"
     )
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64, help="over all devices")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument(
