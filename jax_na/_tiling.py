@@ -68,7 +68,7 @@ def variant_of(channels: int, element_bytes: int) -> Variant:
     forwards = (forward, (128, 64))
     if padded <= 64:
         return Variant(forwards, (gradient,), (dbias,), (gradient,))
-    dkey = (64, 48) if padded == 128 else gradient
+    dkey = (64, 32) if padded == 128 else gradient
     return Variant(forwards, (gradient, (128, 32)), (dbias,), (dkey,), wide=0.8)
 
 

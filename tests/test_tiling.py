@@ -156,7 +156,7 @@ def test_plans_fit_the_kernels(channels: int, element: str) -> None:
         "forward": {forward_rows: few, few: few},
         "dquery": {dquery_rows: 32, few: columns},
         "dbias": {64: 64} if row_bytes <= 256 else {32: 32 if row_bytes <= 512 else 16},
-        "dkey": {few: 48 if (size, padded) == (2, 128) else columns},
+        "dkey": {few: 32 if (size, padded) == (2, 128) else columns},
     }
     for grid, kernel_size in (
         ((37,), (9,)),

@@ -83,7 +83,7 @@ constexpr int dquery_columns(int padded_dim, int element_bytes, int rows) {
 
 // Pairs of warps that make gradients of keys and values have weights in shared memory, too.
 constexpr int dkey_columns(int padded_dim, int element_bytes) {
-  return element_bytes == 2 && padded_dim == 128 ? 48
+  return element_bytes == 2 && padded_dim == 128 ? 32
                                                  : backward_columns(padded_dim, element_bytes);
 }
 
