@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 from problems import CHOSEN, ProblemSpec, implementations, make_arrays, platform
 from programs import custom_calls
 from tiers import TIERS, force_tier
-from tolerance import assert_results_close
+from tolerance import TOLERANCES, assert_results_close
 
 import jax_na
 from jax_na import _lowering, _tiling_sm90
@@ -165,6 +166,61 @@ def test_both_tiers(
         assert_results_close(results[tier], expected, dtype, f"{tier}, {spec}")
     if max(spec.grid) > 100:  # sums in different orders
         assert (results["hopper"]["lse"] != results["portable"]["lse"]).any()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_many_tiles_in_few_places(head_dim: int, has_bias: bool) -> None:
+    """Kernels stay in a place of the grid while heads and samples change. One of these has
+    queries that see nothing but minus infinity, of which the others must not know."""
+    shape = (96, 14, 14, 16, head_dim)
+    query, key, value, cotangent = (
+        jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        for seed in range(4)
+    )
+    query = jnp.abs(query) + 0.5
+    bias = jax.random.normal(jax.random.key(4), (16, 9, 9)) if has_bias else None
+
+    def attend(*arrays: jax.Array, implementation: str) -> tuple[jax.Array, jax.Array]:
+        result = jax_na.neighborhood_attention(
+            *arrays,
+            kernel_size=(5, 5),
+            rel_pos_bias=bias,
+            return_lse=True,
+            implementation=implementation,
+        )
+        assert isinstance(result, tuple)
+        return result
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def gradients(*arrays: jax.Array, implementation: str) -> Any:
+        (out, _), vjp = jax.vjp(
+            functools.partial(attend, implementation=implementation), *arrays
+        )
+        zeros = jnp.zeros(out.shape[:-1], jnp.float32)
+        return vjp((cotangent.astype(out.dtype), zeros))
+
+    def wide(*arrays: jax.Array) -> list[jax.Array]:
+        return [array.astype(jnp.float32) for array in arrays]
+
+    def close(found: jax.Array, expected: jax.Array) -> None:
+        error = jnp.sqrt(jnp.mean(jnp.square(found.astype(jnp.float32) - expected)))
+        scale = jnp.sqrt(jnp.mean(jnp.square(expected)))
+        assert error <= TOLERANCES["bfloat16"] * scale
+
+    expected = gradients(*wide(query, key, value), implementation="naive")
+    for found, right in zip(
+        gradients(query, key, value, implementation="fused"), expected, strict=True
+    ):
+        close(found, right)
+
+    sick = key.at[5, :, :, 3].set(-jnp.inf)
+    out, lse = attend(query, sick, value, implementation="fused")
+    assert not out[5, :, :, 3].any() and (lse[5, :, :, 3] == -jnp.inf).all()
+    healthy = attend(*wide(query, key, value), implementation="naive")
+    for found, right in zip((out, lse), healthy, strict=True):
+        right = right.at[5, :, :, 3].set(0)
+        close(found.at[5, :, :, 3].set(0), right)
 
 
 def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

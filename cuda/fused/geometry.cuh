@@ -74,24 +74,27 @@ inline int64_t most_columns(const AxisWindow& window, int32_t rows) {
   return int64_t{rows} + window.kernel_size + window.stride - 2;
 }
 
-// How one grid is cut in tiles: every residue class of every axis by itself.
+// How one grid is cut in tiles: every residue class of every axis by itself. Neighbours in the
+// order of tiles are neighbours on the last of `axes`.
 struct TileGrid {
   BoxOrder tile;                   // of tokens
   BoxOrder order;                  // of tiles: classes, and in a class from its start
+  int32_t axes[kMaxRank];          // of the grid, as `order` has them
   Divisor divide_size;             // by the number of tiles
   Divisor per_class[kMaxRank];     // tiles of one class of an axis
 
   TileGrid() = default;
   TileGrid(const int32_t (&grid)[kMaxRank], const AxisWindow (&window)[kMaxRank],
-           const int32_t (&extent)[kMaxRank])
-      : tile(extent) {
+           const int32_t (&extent)[kMaxRank], const int32_t (&axes)[kMaxRank] = {0, 1, 2})
+      : tile(extent), axes{axes[0], axes[1], axes[2]} {
     int32_t count[kMaxRank];
-    for (int a = 0; a < kMaxRank; ++a) {
+    for (int i = 0; i < kMaxRank; ++i) {
+      const int a = axes[i];
       const int32_t d = window[a].dilation;
       const int32_t longest = (grid[a] + d - 1) / d;  // class
       const int32_t tiles = (longest + extent[a] - 1) / extent[a];
       per_class[a] = Divisor(max_i32(tiles, 1));
-      count[a] = tiles * min_i32(d, grid[a]);
+      count[i] = tiles * min_i32(d, grid[a]);
     }
     order = BoxOrder(count);
     divide_size = Divisor(max_i32(order.size, 1));
@@ -100,9 +103,11 @@ struct TileGrid {
   // The local index of the first token of tile `index` on every axis.
   __device__ __forceinline__ void first_token(int32_t index, const AxisWindow* window,
                                               int32_t (&first)[kMaxRank]) const {
-    order.point(index, first);
+    int32_t at[kMaxRank];
+    order.point(index, at);
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
+      first[a] = axes[0] == a ? at[0] : axes[1] == a ? at[1] : at[2];
       const int32_t residue = per_class[a].split(&first[a]);
       first[a] = residue + window[a].dilation * tile.extent[a] * first[a];
     }

@@ -198,6 +198,13 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     __syncwarp();
     RowCopy<Rows> rows;
     rows.read(own.rows(stage, 0), table.token[group]);
+    if constexpr (S::kCanStay) {  // the table may be used again
+      __syncwarp();
+      if (lane % 4 == 0) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) table.token[group][own_row + 8 * h] = tokens[h];
+      }
+    }
     own.release_tile(stage);
     rows.write(static_cast<T*>(plan.call.out) + first_row * p.value_dim,
                int64_t{p.heads} * p.value_dim, p.value_dim);

@@ -22,6 +22,7 @@
 #include "launch.cuh"
 #include "mask_product.cuh"
 #include "pipeline.cuh"
+#include "streams.h"
 
 namespace jax_na::cuda::sm90 {
 
@@ -162,7 +163,15 @@ cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& til
       if constexpr (S::kHasBias) {
         own.streams.bias = BiasLayout(problem, cut, kRowsAreKeys, S::kBeginsWithBias);
       }
-      const int32_t ctas = (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines;
+      int32_t ctas = 0;
+      const cudaError_t status = count_persistent(
+          (plan.streams.tiles + S::kPipelines - 1) / S::kPipelines, &ctas);
+      if (status != cudaSuccess || ctas == 0) return status;
+      if constexpr (S::kCanStay) {
+        deal_tiles_in_place(problem, ctas * S::kPipelines, S::kHasBias, &own.streams);
+      } else {
+        deal_tiles(ctas * S::kPipelines, &own.streams);
+      }
       return launch_persistent(&pass_kernel<Pass, S>, ctas, S::kThreads,
                                sizeof(Shared<Pass, S>), own, stream);
     };

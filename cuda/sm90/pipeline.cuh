@@ -51,13 +51,21 @@ struct Shape {
   static constexpr int kThreads = (kConsumers + 1) * kGroupThreads;
   // Of a pipeline, one per warpgroup: warps of the producer's that bring numbers of rows.
   static constexpr int kRowReaders = Pass::template kReadsRows<kDim> ? kGroups : 0;
+  static constexpr bool kHasStatistics = Pass::template kStatistics<kColumns> > 0;
   // Together at most what the CTA has at launch, 65536 / kThreads rounded down to 8 for each.
   static constexpr int kConsumerRegisters = kConsumers == 2   ? (kRowReaders > 0 ? 224 : 232)
-                                            : kConsumers == 3 ? 160
+                                            : kConsumers == 3 ? (kHasStatistics ? 152 : 160)
                                                               : 112;
-  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : kRowReaders > 0 ? 56 : 40;
+  static constexpr int kProducerRegisters = kConsumers == 2   ? (kRowReaders > 0 ? 56 : 40)
+                                            : kConsumers == 3 ? (kHasStatistics ? 56 : 32)
+                                                              : 32;
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
+
+  // Whether a pipeline may stay in its place of the grid and go on to other heads, or samples if
+  // it has brought a head's bias. Tiles of keys take too unequally long, and where there is one
+  // pipeline, a warp of its own makes tables.
+  static constexpr bool kCanStay = Pass::kRowsAre == Side::kQueries && kPipelines > 1;
 
   static constexpr int kProducers = kPipelines == 1 ? 2 : kPipelines;  // warps
   static_assert(kProducers + kPipelines * kRowReaders <= kGroupWarps);
@@ -103,15 +111,20 @@ struct NoStatistics {
   __device__ __forceinline__ void put(uint32_t) {}
 };
 
-// Fills the table of tile `round` and starts the copies of its rows.
+// Starts the copies of the rows of tile `round`, and fills its table unless that is `filled` but
+// for the head.
 template <class S, Side kRowsAre>
 __device__ __forceinline__ Visits bring_rows(const Streams& streams, const Problem& p,
                                              const void* bias, typename S::Pipeline& pipeline,
-                                             const TilePlace& place, uint32_t round) {
+                                             const TilePlace& place, bool filled,
+                                             uint32_t round) {
   using Rows = typename S::Rows;
   const Cut& cut = streams.cut;
   const uint32_t stage = round % S::kTiles;
-  const Visits visits = fill_table<kRowsAre>(&pipeline.table[stage], p, cut, place);
+  auto& table = pipeline.table[stage];
+  const Visits visits =
+      filled ? uniform(table.visits) : fill_table<kRowsAre>(&table, p, cut, place);
+  if (threadIdx.x % kWarpLanes == 0) set_head<kRowsAre>(&table, p, place);
   if constexpr (S::kHasBias) {
     const int32_t heads = kRowsAre == Side::kKeys ? streams.members : 1;
     const int32_t size = static_cast<int32_t>(p.bias_size());
@@ -209,8 +222,15 @@ __device__ __forceinline__ void produce_tiles(const Streams& streams, const Prob
     ptx::barrier_wait(&pipeline.tile_empty[stage], round / S::kTiles % 2 ^ 1);
     return stage;
   };
-  const int32_t pipelines = gridDim.x * S::kPipelines;
-  while (tile < streams.tiles) {
+  int32_t step = streams.step, end = streams.first_spare;
+  bool stays = S::kCanStay && streams.stays;
+  if (S::kCanStay && tile >= step) {
+    tile += end - step;
+    end = streams.tiles;
+    step = static_cast<int32_t>(gridDim.x * S::kPipelines) - step;
+    stays = false;
+  }
+  while (tile < end) {
     // Asked for long before it is needed, so that nothing waits for the answer.
     int32_t next = tile;
     if (streams.taken != nullptr && threadIdx.x % kWarpLanes == 0) {
@@ -220,10 +240,11 @@ __device__ __forceinline__ void produce_tiles(const Streams& streams, const Prob
                           S::kHasBias);
     if (place.exists(Sides<kRowsAre>::row_grid(p))) {
       wait_for_stage();
-      then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, round), place);
+      const bool filled = stays && round >= S::kTiles;
+      then(bring_rows<S, kRowsAre>(streams, p, bias, pipeline, place, filled, round), place);
       ++round;
     }
-    tile = pipelines + uniform(next);
+    tile = step + uniform(next);
   }
   const uint32_t stage = wait_for_stage();
   if (threadIdx.x % kWarpLanes == 0) {
@@ -269,7 +290,8 @@ __device__ __forceinline__ void produce(const Streams& streams, const Problem& p
     }
   } else {
     uint32_t position = 0;
-    produce_tiles<S, kRowsAre>(streams, p, bias, pipeline, blockIdx.x * S::kPipelines + warp,
+    // Neighbouring tiles on different multiprocessors: so are those of the last round.
+    produce_tiles<S, kRowsAre>(streams, p, bias, pipeline, warp * gridDim.x + blockIdx.x,
                                [&](const Visits& visits, const TilePlace& place) {
                                  bring_columns<S>(streams, p, pipeline, visits,
                                                   static_cast<int32_t>(place.batch),

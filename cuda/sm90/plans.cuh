@@ -19,8 +19,13 @@ struct Streams {
   Divisor group, key_heads;  // heads of rows per key head; key heads
   int32_t members;           // heads of columns per key head
   int32_t tiles;             // of all heads and samples
-  // How many tiles were taken beyond the first of every pipeline; null where tiles are dealt out in
-  // turn. And that of the next launch, to be cleared.
+  // Pipelines below `step` begin with the tile of their own number. Where tiles are dealt out in
+  // turn, the next one is so much further, in the same place of the grid if they stay; tiles from
+  // `first_spare` on are dealt out to the other pipelines.
+  int32_t step, first_spare;
+  bool stays;
+  // How many tiles were taken beyond the first of every pipeline; null where tiles are dealt out
+  // in turn. And that of the next launch, to be cleared.
   int32_t* taken;
   int32_t* next_taken;
   BiasLayout bias;           // set by the launch of a kernel with a bias

@@ -1,5 +1,7 @@
 #include "streams.h"
 
+#include <algorithm>
+
 namespace jax_na::cuda::sm90 {
 namespace {
 
@@ -17,7 +19,52 @@ struct Grid {
   const int32_t (&tokens)[kMaxRank];
   int32_t heads;
   const void* array[2];
+
+  int64_t size() const { return int64_t{tokens[0]} * tokens[1] * tokens[2]; }
 };
+
+// The axes in the order of tiles, the slowest first. Where the columns of a head exceed L2, tiles
+// that are at work at one time are to see the same ones, so that they follow each other on the axis
+// on which they are shortest beside the window; among equals, last on that of which a window holds
+// the least.
+void order_axes(const Problem& p, const Grid& rows, const Grid& columns,
+                const int32_t (&tile)[kMaxRank], int32_t (&axes)[kMaxRank]) {
+  constexpr int64_t kCached = 16 << 20;
+  const int64_t bytes = columns.size() * (p.head_dim + p.value_dim) * 2;
+  const auto before = [&](int a, int b) {
+    const AxisWindow &x = p.window[a], &y = p.window[b];
+    const int64_t share_x = int64_t{tile[a]} * y.kernel_size;
+    const int64_t share_y = int64_t{tile[b]} * x.kernel_size;
+    if (share_x != share_y) return share_x > share_y;
+    return int64_t{x.kernel_size} * x.dilation * rows.tokens[b] <
+           int64_t{y.kernel_size} * y.dilation * rows.tokens[a];
+  };
+  for (int i = 0; i < kMaxRank; ++i) axes[i] = i;
+  if (bytes > kCached) std::stable_sort(axes + kMaxRank - p.rank, axes + kMaxRank, before);
+}
+
+// Whether tiles of queries visit about as many boxes wherever they are in the grid, so that no
+// pipeline that stays has much more to do than others.
+bool are_even(const Problem& p, const Cut& cut) {
+  constexpr double kTolerated = 1.125;  // still pays (NOTES.md)
+  double ratio = 1;  // of the most to the mean
+  for (int a = cut.group_axis; a < kMaxRank; ++a) {
+    const AxisWindow& window = p.window[a];
+    const int32_t length = (p.query_grid[a] + window.dilation - 1) / window.dilation;
+    const int32_t extent = cut.ctas.tile.extent[a], tiles = (length + extent - 1) / extent;
+    int64_t sum = 0, most = 0;
+    for (int32_t first = 0; first < length; first += extent) {
+      const int32_t last = std::min(first + extent, length) - 1;
+      const int64_t columns = class_keys_of_query(window, last, length).end -
+                              class_keys_of_query(window, first, length).begin;
+      const int64_t boxes = (columns + cut.columns.extent[a] - 1) / cut.columns.extent[a];
+      sum += boxes;
+      most = std::max(most, boxes);
+    }
+    ratio *= double(most * tiles) / double(sum);
+  }
+  return ratio <= kTolerated;
+}
 
 cudaError_t make_streams(const Problem& p, const HopperTiling& tiling, const Grid& rows,
                          const Grid& columns, bool has_bias, Streams* streams) {
@@ -39,7 +86,9 @@ cudaError_t make_streams(const Problem& p, const HopperTiling& tiling, const Gri
     cut.first_entry[a] = entries;
     entries += tiling.column_box[a];
   }
-  cut.ctas = TileGrid(rows.tokens, p.window, cta);
+  int32_t axes[kMaxRank];
+  order_axes(p, rows, columns, cta, axes);
+  cut.ctas = TileGrid(rows.tokens, p.window, cta, axes);
   const int64_t tiles = p.batch * rows.heads * cut.ctas.order.size;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
   streams->tiles = static_cast<int32_t>(tiles);
@@ -67,6 +116,29 @@ bool supported(const Problem& p) {
   return (p.element_type == ElementType::kBF16 || p.element_type == ElementType::kF16) &&
          p.head_dim > 0 && p.value_dim > 0 && p.head_dim % 8 == 0 && p.value_dim % 8 == 0 &&
          padded_dim(p) > 0 && p.query_tokens() < INT32_MAX && p.key_tokens() < INT32_MAX;
+}
+
+void deal_tiles(int32_t pipelines, Streams* streams) {
+  streams->step = pipelines;
+  streams->first_spare = streams->tiles;
+  streams->stays = false;
+}
+
+void deal_tiles_in_place(const Problem& p, int32_t pipelines, bool keeps_head,
+                         Streams* streams) {
+  deal_tiles(pipelines, streams);
+  const int32_t tiles = streams->tiles;
+  const int64_t places =
+      int64_t{streams->cut.ctas.order.size} * (keeps_head ? p.heads : streams->group.value);
+  const auto step = static_cast<int32_t>(pipelines / places * places);
+  if (p.frame != nullptr || step == 0 || !are_even(p, streams->cut)) return;
+  // Pipelines that are left over are to take tiles that are, in the meantime.
+  const int32_t rounds = tiles / step, rest = tiles % step;
+  const bool is_shared = rest <= int64_t{pipelines - step} * rounds;
+  if (rounds + (is_shared ? 0 : 1) > (tiles + pipelines - 1) / pipelines) return;
+  streams->step = step;
+  if (is_shared) streams->first_spare = tiles - rest;
+  streams->stays = true;
 }
 
 cudaError_t make_query_streams(const Problem& p, const HopperTiling& tiling,

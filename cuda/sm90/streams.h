@@ -25,6 +25,11 @@ cudaError_t make_query_streams(const Problem& p, const HopperTiling& tiling,
 cudaError_t make_key_streams(const Problem& p, const HopperTiling& tiling, const Inputs& in,
                              const TokenPair& queries, Streams* streams);
 
+// Deals out tiles to so many pipelines: as they come, or so that each stays in its place of the
+// grid, if that is possible and takes no longer, and with its head, if `keeps_head`.
+void deal_tiles(int32_t pipelines, Streams* streams);
+void deal_tiles_in_place(const Problem& p, int32_t pipelines, bool keeps_head, Streams* streams);
+
 template <typename T, int kPaddedDim>
 struct TypeAndDim {
   using Type = T;

@@ -83,7 +83,20 @@ struct TileTable {
   int32_t first_at[kGroups];  // where the run begins on the group axis, from the union's start
 };
 
-// Fills the table of a tile; to be called by one whole warp.
+// Which sample and head a tile is of; to be called by one lane.
+template <Side kRowsAre, int kGroups>
+__device__ __forceinline__ void set_head(TileTable<kGroups>* table, const Problem& p,
+                                         const TilePlace& place) {
+  constexpr bool kQueries = kRowsAre == Side::kQueries;
+  table->batch = place.batch;
+  table->head = place.head;
+  table->key_head = place.key_head;
+  table->first_row = place.batch * (kQueries ? p.query_tokens() : p.key_tokens()) *
+                         (kQueries ? p.heads : p.key_heads) +
+                     place.head;
+}
+
+// Fills the rest of the table of a tile; to be called by one whole warp.
 template <Side kRowsAre, int kGroups>
 __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Problem& p,
                                              const Cut& cut, const TilePlace& place) {
@@ -182,13 +195,6 @@ __device__ __forceinline__ Visits fill_table(TileTable<kGroups>* table, const Pr
   }
   if (lane == 0) {
     table->end = false;
-    table->batch = place.batch;
-    table->head = place.head;
-    table->key_head = place.key_head;
-    const bool queries = kRowsAre == Side::kQueries;
-    table->first_row = place.batch * (queries ? p.query_tokens() : p.key_tokens()) *
-                           (queries ? p.heads : p.key_heads) +
-                       place.head;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       table->lo[a] = least[a];

@@ -1,10 +1,11 @@
 """Problems for ``sm90_check``: random ones, or the cases of the benchmarks.
 
     python tests/cuda/sm90_problems.py random COUNT [SEED]
-    python tests/cuda/sm90_problems.py cases [PLANS_PER_KERNEL]
+    python tests/cuda/sm90_problems.py cases [PLANS_PER_KERNEL] [CASES.json]
 
 Random ones try the compiled kernels with boxes that no planner would choose; those of the
-cases are the planner's best for every kernel.
+cases, which are those of the benchmarks unless a file is named, are the planner's best for
+every kernel.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def _random_problem(choice: random.Random, passes: Sequence[Pass]) -> dict[str, 
     bias = entries <= _tiling_sm90.LARGEST_BIAS and choice.random() < 0.5
     problem = {
         "type": choice.choice(["bf16", "bf16", "f16"]),
-        "batch": choice.choice([1, 2, 3]),
+        # Many samples of a small grid make pipelines stay where they are.
+        "batch": choice.choice([1, 2, 3, 700 if math.prod(query_grid) <= 64 else 1]),
         "heads": key_heads * group,
         "key_heads": key_heads,
         "head_dim": head_dim,
@@ -163,6 +165,8 @@ def _tilings(
     has_bias: bool,
     most: int,
 ) -> list[dict[str, Any]]:
+    if not which.takes(channels):
+        return []
     return [
         _tiling(which, kernel, tiling.row_box, tiling.column_box)
         for kernel in which.kernels[which.padded(channels)]
@@ -172,12 +176,19 @@ def _tilings(
     ]
 
 
-def case_problems(most: int) -> Iterator[dict[str, Any]]:
+def _name(case: dict[str, Any], tiling: dict[str, Any]) -> str:
+    """Of a case and the plan of every pass; without spaces."""
+    return "/".join(map(str, (case["name"].replace(" ", "_"), *tiling.values())))
+
+
+def case_problems(most: int, path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """For every pass and case the ``most`` cheapest boxes of every kernel."""
-    for case in json.loads(CASES.read_text()):
+    for case in json.loads(path.read_text()):
         grid, size, heads = case["shape"], case["window"], case["H"]
         stride = case.get("stride", [1] * len(grid))
-        axes = tuple(Axis(n, k, s, 1, False) for n, k, s in zip(grid, size, stride))
+        dilation = case.get("dilation", [1] * len(grid))
+        causal = case.get("causal", [False] * len(grid))
+        axes = tuple(map(Axis, grid, size, stride, dilation, causal))
         problem = {
             "type": "bf16",
             "batch": case["B"],
@@ -192,8 +203,8 @@ def case_problems(most: int) -> Iterator[dict[str, Any]]:
             "key_grid": _three(grid),
             "kernel_size": _three(size),
             "stride": _three(stride),
-            "dilation": _three([1] * len(grid)),
-            "is_causal": _three([0] * len(grid), 0),
+            "dilation": _three(dilation),
+            "is_causal": _three([int(c) for c in causal], 0),
             "bias": int(case.get("bias", False)),
         }
         forward, *backward = (
@@ -208,14 +219,13 @@ def case_problems(most: int) -> Iterator[dict[str, Any]]:
             for which in (FORWARD, DQUERY, DKEY_DVALUE, GRADIENTS)
         )
         for tiling in forward:
-            name = f"{case['name']}/{'/'.join(map(str, tiling.values()))}"
-            yield {"name": name, "pass": "forward", **problem, **tiling}
+            yield {"name": _name(case, tiling), "pass": "forward", **problem, **tiling}
+        backward = [tilings for tilings in backward if tilings]
         for tilings in itertools.zip_longest(*backward):
             tiling = {}
             for own, (first, *_) in zip(tilings, backward):
                 tiling |= own or first
-            name = f"{case['name']}/{'/'.join(map(str, tiling.values()))}"
-            yield {"name": name, "pass": "backward", **problem, **tiling}
+            yield {"name": _name(case, tiling), "pass": "backward", **problem, **tiling}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -224,7 +234,8 @@ def main(arguments: Sequence[str]) -> None:
         count, seed = int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
         problems = random_problems(count, seed)
     else:
-        problems = case_problems(int(numbers[0]) if numbers else 2)
+        path = pathlib.Path(numbers[1]) if len(numbers) > 1 else CASES
+        problems = case_problems(int(numbers[0]) if numbers else 2, path)
     for problem in problems:
         print(_line(problem))
 
