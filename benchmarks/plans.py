@@ -1,12 +1,14 @@
 """Measures plans of the kernels for Hopper, and fits what the planner believes of them.
 
     python benchmarks/plans.py measure plans.jsonl   # on a Hopper GPU
+    python benchmarks/plans.py read plans.jsonl < times.txt
     python benchmarks/plans.py fit plans.jsonl       # anywhere; needs SciPy
 
 ``measure`` times the plans that the planner likes best of every compiled kernel, for each
-of the problems in ``plan_cases.json``, and appends a JSON line for each. ``fit`` prints the
-numbers of ``jax_na/_tiling_sm90.py`` that explain the times best, and how far from the best
-measured plan the plan is that the present numbers choose.
+of the problems in ``plan_cases.json``, and appends a JSON line for each. ``read`` makes
+such lines of what ``sm90_check time`` says, which takes a tenth of the time. ``fit`` prints
+the numbers of ``jax_na/_tiling_sm90.py`` that explain the times best, and how far from the
+best measured plan the plan is that the present numbers choose.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -182,6 +185,41 @@ def measure(case: cases.Case, per_kernel: int) -> Iterator[Measurement]:
                     yield Measurement(name, case, tilings[name], ms)
 
 
+def read(lines: Iterable[str], problems: Iterable[cases.Case]) -> Iterator[Measurement]:
+    """Of a line of ``sm90_check time``, whose problem ``sm90_problems.py cases`` named."""
+    by_name = {case.name.replace(" ", "_"): case for case in problems}
+    for line in lines:
+        name, *words = line.split()
+        name, *plans = name.split("/")
+        if name not in by_name:
+            continue
+        case = by_name[name]
+        times = {words[i]: float(words[i + 1]) for i in range(0, len(words), 3)}
+        if "apart" in times:  # as in a backward pass, where tiles of keys are counted
+            times["dkey_dvalue"] = round(times.pop("apart") - times["dquery"], 4)
+        if "gradients" in times:  # sums in memory have an estimate of their own
+            queries = _tiling_sm90.sums(case.tokens, case.head_dim)
+            cycles = _tiling_sm90.SUM_CYCLES * queries * case.batch * case.heads
+            times["gradients"] = round(times["gradients"] - cycles / CYCLES, 4)
+        for (which, ms), start in zip(
+            times.items(), range(0, len(plans), 4), strict=True
+        ):
+            groups, columns, *boxes = plans[start : start + 4]
+            row_box, column_box = (
+                tuple(int(n) for n in box.split(",")[-len(case.shape) :])
+                for box in boxes
+            )
+            kernel = next(
+                kernel
+                for kernel in PASSES[which].kernels[PASSES[which].padded(case.head_dim)]
+                if (kernel.groups, kernel.columns) == (int(groups), int(columns))
+            )
+            tiling = _tiling_sm90.count(
+                axes_of(case), PASSES[which].interval, kernel, row_box, column_box
+            )
+            yield Measurement(which, case, tiling, ms)
+
+
 # ---- Fitting -------------------------------------------------------------------------
 
 
@@ -247,7 +285,7 @@ def report(measurements: list[Measurement]) -> None:
 def main() -> None:
     here = pathlib.Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("measure", "fit"))
+    parser.add_argument("command", choices=("measure", "read", "fit"))
     parser.add_argument("file", type=pathlib.Path, help="JSON lines")
     parser.add_argument("--cases", default=here / "plan_cases.json", help="JSON list")
     parser.add_argument("--only", nargs="*", default=[], help="names of cases")
@@ -256,6 +294,15 @@ def main() -> None:
     problems = cases.load(arguments.cases)
     if arguments.command == "fit":
         report(load(arguments.file, problems))
+        return
+    if arguments.command == "read":
+        # Plans were paired, so that some were timed more than once.
+        best: dict[tuple[Any, ...], Measurement] = {}
+        for m in read(sys.stdin, problems):
+            plan = (m.name, m.case, m.tiling)
+            best[plan] = min(m, best.get(plan, m), key=lambda m: m.ms)
+        lines = [m.to_json() for m in best.values()]
+        arguments.file.write_text("".join(line + "\n" for line in lines))
         return
     with arguments.file.open("a") as file:
         for case in problems:
