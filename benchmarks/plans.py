@@ -30,6 +30,7 @@ import timing
 
 import jax_na
 from jax_na import _lowering, _tiling_sm90
+from jax_na._plan import is_faster_at_once
 from jax_na._tiling import Axis
 from jax_na._tiling_sm90 import (
     DKEY_DVALUE,
@@ -263,6 +264,31 @@ def losses(measurements: Iterable[Measurement]) -> dict[tuple[str, str], float]:
     }
 
 
+def step_losses(measurements: Iterable[Measurement]) -> dict[str, float]:
+    """By case: a forward and a backward pass as the planner has them, over the best that
+    the measured plans allow, less 1."""
+    groups = collections.defaultdict(list)
+    for m in measurements:
+        groups[m.case, m.name].append(m)
+    found = {}
+    for case in {case: None for case, _ in groups}:
+        plans = [groups[case, name] for name in PASSES]
+        forward, *apart = [min(p, key=lambda m: m.preference) for p in plans[:3] if p]
+        best_forward, *best = [min(m.ms for m in p) for p in plans[:3] if p]
+        backward, best_backward = sum(m.ms for m in apart), sum(best)
+        if plans[3]:
+            at_once, copies = min(plans[3], key=lambda m: m.preference), forward.copies
+            beside = _tiling_sm90.cycles_beside_gradients(case.tokens, case.head_dim)
+            beside *= copies / CYCLES
+            best_backward = min(best_backward, beside + min(m.ms for m in plans[3]))
+            fills = _tiling_sm90.fills_device(at_once.tiling, copies)
+            estimate = sum(m.estimate for m in apart)
+            if is_faster_at_once(at_once.estimate + beside, estimate, fills):
+                backward = at_once.ms + beside
+        found[case.name] = (forward.ms + backward) / (best_forward + best_backward) - 1
+    return found
+
+
 def report(measurements: list[Measurement]) -> None:
     for name in PASSES:
         own = [m for m in measurements if m.name == name]
@@ -278,8 +304,17 @@ def report(measurements: list[Measurement]) -> None:
     found = losses(measurements)
     for (name, case), loss in found.items():
         print(f"{name:12} {case:40} {loss:6.1%} above the best plan")
-    close = sum(loss <= 0.05 for loss in found.values())
-    print(f"within 5% of the best plan: {close} of {len(found)}")
+    steps = step_losses(measurements)
+    for case, loss in steps.items():
+        print(f"{'both passes':12} {case:40} {loss:6.1%} above the best plans")
+    forward = {name: loss for name, loss in found.items() if name[0] == "forward"}
+    for what, losses_of in (
+        ("launches", found),
+        ("forward passes", forward),
+        ("problems, forward and backward", steps),
+    ):
+        close = sum(loss <= 0.05 for loss in losses_of.values())
+        print(f"within 5% of the best: {close} of {len(losses_of)} {what}")
 
 
 def main() -> None:

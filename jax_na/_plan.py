@@ -239,9 +239,8 @@ def _gradients_tilings(
         operands.bias is not None,
     )
     queries = math.prod(query.shape[-problem.rank - 2 : -2])
-    summed = members * _tiling_sm90.sums(queries, channels)
     cycles = _tiling_sm90.GRADIENTS.cycles_of(tiling, copies)
-    cycles += _tiling_sm90.SUM_CYCLES * summed
+    cycles += members * _tiling_sm90.cycles_beside_gradients(queries, channels)
     apart_cycles = members * _tiling_sm90.DQUERY.cycles_of(
         apart["dquery"], _copies(problem, query)
     ) + _tiling_sm90.DKEY_DVALUE.cycles_of(apart["dkey_dvalue"], copies)

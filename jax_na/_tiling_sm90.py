@@ -230,13 +230,21 @@ GRADIENTS = Pass(
     },
 )
 
-#: Of all multiprocessors together, to clear and to round one of GRADIENTS' sums in memory.
-SUM_CYCLES = 0.58
+#: Of all multiprocessors together, to clear and to round one of GRADIENTS' sums in memory,
+#: and to make delta of a channel of a query. DQUERY makes it by the way where heads have
+#: more channels than so many.
+SUM_CYCLES, DELTA_CYCLES, DELTA_CHANNELS = 0.58, 0.23, 64
 
 
 def sums(queries: Any, channels: int) -> Any:
     """How many sums of queries' gradients there are in memory, per head and sample."""
     return queries * GRADIENTS.padded(channels)
+
+
+def cycles_beside_gradients(queries: Any, channels: int) -> Any:
+    """Of what GRADIENTS needs and DQUERY does not, per head and sample."""
+    delta = DELTA_CYCLES if channels > DELTA_CHANNELS else 0
+    return sums(queries, channels) * (SUM_CYCLES + delta)
 
 
 @dataclasses.dataclass(frozen=True)

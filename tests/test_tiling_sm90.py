@@ -371,6 +371,12 @@ def test_small_calls_make_gradients_apart() -> None:
     assert "gradients" in large.hopper_gradients
 
 
+def test_delta_by_the_way_counts_in_favour_of_gradients_apart() -> None:
+    queries, cycles = 1000, _tiling_sm90.cycles_beside_gradients
+    assert cycles(queries, 64) == 64 * queries * _tiling_sm90.SUM_CYCLES
+    assert cycles(queries, 128) > 2 * cycles(queries, 64)
+
+
 def test_masks_by_product_of_several_groups() -> None:
     """The boxes of a tile span what all its warpgroups see."""
     axes = (Axis(64, 13, 1, 1, False),) * 2
