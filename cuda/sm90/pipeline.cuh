@@ -224,7 +224,7 @@ __device__ __forceinline__ void produce_tiles(const Streams& streams, const Prob
   };
   int32_t step = streams.step, end = streams.first_spare;
   bool stays = S::kCanStay && streams.stays;
-  if (S::kCanStay && tile >= step) {
+  if (S::kCanStay && tile >= step) {  // left over from those that stay
     tile += end - step;
     end = streams.tiles;
     step = static_cast<int32_t>(gridDim.x * S::kPipelines) - step;
