@@ -96,20 +96,35 @@ def axes_of(case: cases.Case) -> tuple[Axis, ...]:
     return tuple(Axis(*axis) for axis in zip(*parameters, strict=True))
 
 
+def planned(
+    name: str,
+    case: cases.Case,
+    kernel: tuple[int, int],
+    row_box: tuple[int, ...],
+    column_box: tuple[int, ...],
+    ms: float,
+) -> Measurement | None:
+    """Of the kernel with these columns and groups; None if it is not compiled any more."""
+    which = PASSES[name]
+    for compiled in which.kernels[which.padded(case.head_dim)]:
+        if (compiled.columns, compiled.groups) == kernel:
+            boxes = (row_box, column_box)
+            tiling = _tiling_sm90.count(axes_of(case), which.interval, compiled, *boxes)
+            return Measurement(name, case, tiling, ms)
+    return None
+
+
 def load(path: pathlib.Path, problems: Iterable[cases.Case]) -> list[Measurement]:
     """Those of kernels that are still compiled."""
     by_name = {case.name: case for case in problems}
     found = []
     for line in path.read_text().splitlines():
         entry = json.loads(line)
-        case, which = by_name[entry["case"]], PASSES[entry["pass"]]
-        boxes = (tuple(entry["row_box"]), tuple(entry["column_box"]))
-        for kernel in which.kernels[which.padded(case.head_dim)]:
-            if [kernel.columns, kernel.groups] == entry["kernel"]:
-                axes = axes_of(case)
-                tiling = _tiling_sm90.count(axes, which.interval, kernel, *boxes)
-                found.append(Measurement(which.name, case, tiling, entry["ms"]))
-    return found
+        lists = (tuple(entry[name]) for name in ("kernel", "row_box", "column_box"))
+        found.append(
+            planned(entry["pass"], by_name[entry["case"]], *lists, entry["ms"])
+        )
+    return [measurement for measurement in found if measurement is not None]
 
 
 # ---- Measuring -----------------------------------------------------------------------
@@ -210,15 +225,10 @@ def read(lines: Iterable[str], problems: Iterable[cases.Case]) -> Iterator[Measu
                 tuple(int(n) for n in box.split(",")[-len(case.shape) :])
                 for box in boxes
             )
-            kernel = next(
-                kernel
-                for kernel in PASSES[which].kernels[PASSES[which].padded(case.head_dim)]
-                if (kernel.groups, kernel.columns) == (int(groups), int(columns))
-            )
-            tiling = _tiling_sm90.count(
-                axes_of(case), PASSES[which].interval, kernel, row_box, column_box
-            )
-            yield Measurement(which, case, tiling, ms)
+            kernel = (int(columns), int(groups))
+            measurement = planned(which, case, kernel, row_box, column_box, ms)
+            if measurement is not None:
+                yield measurement
 
 
 # ---- Fitting -------------------------------------------------------------------------

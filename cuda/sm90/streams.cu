@@ -131,11 +131,12 @@ void deal_tiles_in_place(const Problem& p, int32_t pipelines, bool keeps_head,
   const int64_t places =
       int64_t{streams->cut.ctas.order.size} * (keeps_head ? p.heads : streams->group.value);
   const auto step = static_cast<int32_t>(pipelines / places * places);
-  if (p.frame != nullptr || step == 0 || !are_even(p, streams->cut)) return;
+  if (p.frame != nullptr || step == 0) return;
   // Pipelines that are left over are to take tiles that are, in the meantime.
   const int32_t rounds = tiles / step, rest = tiles % step;
   const bool is_shared = rest <= int64_t{pipelines - step} * rounds;
   if (rounds + (is_shared ? 0 : 1) > (tiles + pipelines - 1) / pipelines) return;
+  if (!are_even(p, streams->cut)) return;
   streams->step = step;
   if (is_shared) streams->first_spare = tiles - rest;
   streams->stays = true;
