@@ -56,9 +56,9 @@ struct Shape {
   static constexpr int kConsumerRegisters = kConsumers == 2   ? (kRowReaders > 0 ? 224 : 232)
                                             : kConsumers == 3 ? (kHasStatistics ? 152 : 160)
                                                               : 112;
-  static constexpr int kProducerRegisters = kConsumers == 2   ? (kRowReaders > 0 ? 56 : 40)
-                                            : kConsumers == 3 ? (kHasStatistics ? 56 : 32)
-                                                              : 32;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? (kRowReaders > 0 ? 56 : 40)
+                                            : kConsumers == 3 && kHasStatistics ? 56
+                                                                                : 32;
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
                 (kConsumers + 1) * (65536 / kThreads / 8 * 8));
 
