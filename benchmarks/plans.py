@@ -86,6 +86,7 @@ class Measurement:
                 "kernel": [self.tiling.kernel.columns, self.tiling.kernel.groups],
                 "row_box": self.tiling.row_box,
                 "column_box": self.tiling.column_box,
+                "masks_by_product": self.tiling.masks_by_product,
                 "ms": self.ms,
             }
         )
@@ -102,14 +103,15 @@ def planned(
     kernel: tuple[int, int],
     row_box: tuple[int, ...],
     column_box: tuple[int, ...],
+    masks_by_product: bool,
     ms: float,
 ) -> Measurement | None:
     """Of the kernel with these columns and groups; None if it is not compiled any more."""
     which = PASSES[name]
     for compiled in which.kernels[which.padded(case.head_dim)]:
         if (compiled.columns, compiled.groups) == kernel:
-            boxes = (row_box, column_box)
-            tiling = _tiling_sm90.count(axes_of(case), which.interval, compiled, *boxes)
+            cut = (compiled, row_box, column_box, masks_by_product)
+            tiling = _tiling_sm90.count(axes_of(case), which.interval, *cut)
             return Measurement(name, case, tiling, ms)
     return None
 
@@ -121,9 +123,8 @@ def load(path: pathlib.Path, problems: Iterable[cases.Case]) -> list[Measurement
     for line in path.read_text().splitlines():
         entry = json.loads(line)
         lists = (tuple(entry[name]) for name in ("kernel", "row_box", "column_box"))
-        found.append(
-            planned(entry["pass"], by_name[entry["case"]], *lists, entry["ms"])
-        )
+        rest = (entry["masks_by_product"], entry["ms"])
+        found.append(planned(entry["pass"], by_name[entry["case"]], *lists, *rest))
     return [measurement for measurement in found if measurement is not None]
 
 
@@ -218,15 +219,16 @@ def read(lines: Iterable[str], problems: Iterable[cases.Case]) -> Iterator[Measu
             cycles = _tiling_sm90.SUM_CYCLES * queries * case.batch * case.heads
             times["gradients"] = round(times["gradients"] - cycles / CYCLES, 4)
         for (which, ms), start in zip(
-            times.items(), range(0, len(plans), 4), strict=True
+            times.items(), range(0, len(plans), 5), strict=True
         ):
-            groups, columns, *boxes = plans[start : start + 4]
+            groups, columns, *boxes, product = plans[start : start + 5]
             row_box, column_box = (
                 tuple(int(n) for n in box.split(",")[-len(case.shape) :])
                 for box in boxes
             )
             kernel = (int(columns), int(groups))
-            measurement = planned(which, case, kernel, row_box, column_box, ms)
+            cut = (row_box, column_box, product == "1")
+            measurement = planned(which, case, kernel, *cut, ms)
             if measurement is not None:
                 yield measurement
 

@@ -4,6 +4,7 @@
 //
 //   sm90_<pass>_row_box, sm90_<pass>_column_box   int64 [rank]
 //   sm90_<pass>_kernel                            int64 [2]: columns, groups
+//   sm90_<pass>_masks_by_product                  int64 [1]: 0 or 1, which is where it is left out
 //
 // They are a stable interface, as those of decode.h are.
 #pragma once
@@ -41,8 +42,12 @@ inline std::optional<cuda::HopperTiling> hopper_tiling(const ffi::Dictionary& at
   const std::string kernel = "sm90_" + pass + "_kernel";
   if (!attributes.contains(kernel)) return std::nullopt;
   const Shape shape = integers(attributes, kernel.c_str(), 2);
+  const std::string product = "sm90_" + pass + "_masks_by_product";
   cuda::HopperTiling tiling = {{1, 1, 1}, {1, 1, 1}, to_size(kernel, shape[1], 1),
-                               to_size(kernel, shape[0], 1)};
+                               to_size(kernel, shape[0], 1), true};
+  if (attributes.contains(product)) {
+    tiling.masks_by_product = integers(attributes, product.c_str(), 1)[0] != 0;
+  }
   const Shape rows = integers(attributes, row_box.c_str(), p.rank);
   const Shape columns = integers(attributes, column_box.c_str(), p.rank);
   for (int a = 0; a < p.rank; ++a) {

@@ -40,6 +40,7 @@ def _hopper_attributes(tilings: HopperTilings) -> Attributes:
             ("row_box", tiling.row_box),
             ("column_box", tiling.column_box),
             ("kernel", (tiling.kernel.columns, tiling.kernel.groups)),
+            ("masks_by_product", (int(tiling.masks_by_product),)),
         )
     )
 

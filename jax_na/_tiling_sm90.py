@@ -29,9 +29,8 @@ MOST_SPANNED, LARGEST_DILATION = 256, 8
 #: To which head dimensions are filled up.
 PADDED_DIMS = (32, 64, 96, 128, 192, 256)
 
-#: Coordinates of a box of columns whose masks are a product, over all axes; and columns of
-#: an axis that the rows of a box may see then.
-MASK_ENTRIES, MOST_SEEN = 32, 32
+#: Coordinates of a box of columns whose masks are a product, over all axes.
+MASK_ENTRIES = 32
 
 #: Entries of the tables of bias that a CTA holds, one table for every head of columns that
 #: a head of rows has.
@@ -56,6 +55,8 @@ class Kernel:
             skipping what it does not see itself.
         product_cycles: of a visit whose mask is a product, of which the kernel has a form
             of its own; None where it has not.
+        most_seen: columns of an axis that the rows of a tile may see then, up to the end
+            of the last box.
     """
 
     columns: int
@@ -64,6 +65,7 @@ class Kernel:
     cycles: int
     together: bool = False
     product_cycles: int | None = None
+    most_seen: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,26 +154,28 @@ class Pass:
 FORWARD = Pass(
     "forward",
     False,
-    Costs(mask=2.4, tile=1880, skip=500),
+    Costs(mask=2.8, tile=1510, skip=1020),
     {
         32: (
-            Kernel(64, 1, 4, 520, product_cycles=370),
-            Kernel(112, 1, 3, 710, product_cycles=640),
+            Kernel(64, 1, 4, 490, product_cycles=400),
+            Kernel(112, 1, 3, 660, product_cycles=650),
         ),
         64: (
-            Kernel(64, 1, 3, 540, product_cycles=550),
-            Kernel(80, 1, 3, 620, product_cycles=640),
-            Kernel(96, 1, 3, 760, product_cycles=780),
-            Kernel(112, 1, 3, 850, product_cycles=890),
+            Kernel(64, 1, 3, 550, product_cycles=580),
+            Kernel(80, 1, 3, 640, product_cycles=660),
+            Kernel(96, 1, 3, 740, product_cycles=780),
+            Kernel(112, 1, 3, 860, product_cycles=880),
         ),
-        96: (Kernel(80, 2, 1, 1060), Kernel(128, 2, 1, 1400)),
+        96: (
+            Kernel(80, 2, 1, 1100, product_cycles=1030, most_seen=64),
+            Kernel(128, 2, 1, 1560, product_cycles=1430, most_seen=64),
+        ),
         128: (
-            Kernel(80, 2, 1, 1040),
-            Kernel(128, 2, 1, 1500),
-            Kernel(144, 2, 1, 1720),
+            Kernel(80, 2, 1, 1080, product_cycles=1040, most_seen=64),
+            Kernel(128, 2, 1, 1570, product_cycles=1650, most_seen=64),
         ),
-        192: (Kernel(64, 2, 1, 1080),),
-        256: (Kernel(48, 2, 1, 1080),),
+        192: (Kernel(64, 2, 1, 1510),),
+        256: (Kernel(48, 2, 1, 2480),),
     },
     {32: 650, 64: 800, 96: 1150, 128: 1500, 192: 2200, 256: 3000},
 )
@@ -179,18 +183,18 @@ FORWARD = Pass(
 DQUERY = Pass(
     "dquery",
     False,
-    Costs(mask=4.0, tile=1790, skip=760),
+    Costs(mask=3.7, tile=1750, skip=880),
     {
         32: (
-            Kernel(64, 1, 3, 480, product_cycles=460),
+            Kernel(64, 1, 3, 460, product_cycles=460),
             Kernel(80, 1, 3, 520, product_cycles=530),
         ),
         64: (
-            Kernel(80, 1, 2, 840, product_cycles=980),
-            Kernel(96, 1, 2, 960, product_cycles=1050),
+            Kernel(80, 1, 2, 860, product_cycles=990),
+            Kernel(96, 1, 2, 1000, product_cycles=1050),
         ),
-        96: (Kernel(64, 2, 1, 920),),
-        128: (Kernel(64, 2, 1, 1240),),
+        96: (Kernel(64, 2, 1, 1100, product_cycles=960, most_seen=64),),
+        128: (Kernel(64, 2, 1, 1090, product_cycles=1100, most_seen=64),),
     },
     {32: 815, 64: 980, 96: 1440, 128: 1920},
 )
@@ -198,15 +202,15 @@ DQUERY = Pass(
 DKEY_DVALUE = Pass(
     "dkey_dvalue",
     True,
-    Costs(mask=3.1, tile=1920, skip=780),
+    Costs(mask=3.7, tile=1880, skip=250),
     {
-        32: (Kernel(64, 1, 3, 710, product_cycles=600),),
+        32: (Kernel(64, 1, 3, 670, product_cycles=600),),
         64: (
-            Kernel(48, 1, 3, 740, product_cycles=750),
-            Kernel(80, 1, 2, 1250, product_cycles=1260),
+            Kernel(48, 1, 3, 760, product_cycles=750),
+            Kernel(80, 1, 2, 1220, product_cycles=1280),
         ),
-        96: (Kernel(64, 2, 1, 1630),),
-        128: (Kernel(64, 2, 1, 1630),),
+        96: (Kernel(64, 2, 1, 1750, product_cycles=1550, most_seen=64),),
+        128: (Kernel(64, 2, 1, 1710, product_cycles=1670, most_seen=64),),
     },
     {32: 1080, 64: 1420, 96: 1850, 128: 2460},
 )
@@ -215,14 +219,16 @@ DKEY_DVALUE = Pass(
 GRADIENTS = Pass(
     "gradients",
     True,
-    Costs(mask=4.6, tile=2400, skip=0),
+    Costs(mask=4.6, tile=2260, skip=0),
     {
-        32: (Kernel(64, 1, 3, 1060, product_cycles=820),),
+        32: (Kernel(64, 1, 3, 970, product_cycles=870),),
         64: (
-            Kernel(64, 1, 2, 1650, product_cycles=1590),
-            Kernel(64, 2, 1, 1550, product_cycles=1620, together=True),
+            Kernel(64, 1, 2, 1680, product_cycles=1500),
+            Kernel(64, 2, 1, 1530, product_cycles=1460, together=True),
         ),
-        128: (Kernel(64, 2, 1, 2590, product_cycles=2660, together=True),),
+        128: (
+            Kernel(64, 2, 1, 2450, product_cycles=2340, together=True, most_seen=64),
+        ),
     },
     {
         dim: DQUERY.portable_cycles[dim] + cycles
@@ -259,7 +265,7 @@ class Tiling:
         loads: boxes that they bring to shared memory.
         visits: boxes that all warpgroups visit.
         masked_visits: how many of them need a mask.
-        masks_by_product: whether those are products; then every visit has one.
+        masks_by_product: whether all visits have a mask, and those are products.
     """
 
     kernel: Kernel
@@ -376,13 +382,13 @@ def _counts(
     return np.stack([tiles, loads, visits, visits - free])
 
 
-def _masks_by_product(
+def _can_mask_by_product(
     axes: tuple[Axis, ...],
     kernel: Kernel,
     row_boxes: np.ndarray,
     column_boxes: np.ndarray,
 ) -> np.ndarray:
-    """bool ``[R, C]``: whether the masks of pairs of boxes are products.
+    """bool ``[R, C]``: whether the masks of pairs of boxes can be products.
 
     As ``can_mask_by_product`` in ``cuda/sm90/mask_product.cuh``; problems with frames have
     none either way, and those with a bias only where it fits (``cuda/sm90/bias.cuh``).
@@ -395,7 +401,7 @@ def _masks_by_product(
     rows = row_boxes * np.array([kernel.groups] + [1] * (len(axes) - 1))
     seen = (rows + more)[:, None]
     visited = -(-seen // column_boxes) * column_boxes
-    return few & (visited <= MOST_SEEN).all(axis=2)
+    return few & (visited <= kernel.most_seen).all(axis=2)
 
 
 def count(
@@ -404,14 +410,14 @@ def count(
     kernel: Kernel,
     row_box: tuple[int, ...],
     column_box: tuple[int, ...],
+    masks_by_product: bool = True,
 ) -> Tiling:
-    """The work of one pair of boxes, exactly."""
+    """The work of one pair of boxes, exactly; masks are products only where they can."""
     boxes = np.array([row_box]), np.array([column_box])
     counts = _counts(axes, interval, kernel, *boxes)
-    products = _masks_by_product(axes, kernel, *boxes)
-    return _tiling_of(
-        kernel, row_box, column_box, counts[:, 0, 0], bool(products[0, 0])
-    )
+    can = _can_mask_by_product(axes, kernel, *boxes)
+    product = masks_by_product and bool(can[0, 0])
+    return _tiling_of(kernel, row_box, column_box, counts[:, 0, 0], product)
 
 
 def _tiling_of(
@@ -494,10 +500,17 @@ def best_tilings(
         column_boxes = _boxes(kernel.columns, column_limits)
     counts = _counts(axes, which.interval, kernel, row_boxes, column_boxes)
     counts[1:] *= members
-    products = _masks_by_product(axes, kernel, row_boxes, column_boxes)
     tiles, loads, visits, masked_visits = counts
-    cycles = which.cycles(kernel, tiles, loads, visits, masked_visits, products)
-    cycles = cycles * imbalance(counts[0], kernel.pipelines, copies)
+    selecting, multiplying = (
+        which.cycles(kernel, tiles, loads, visits, masked_visits, by_product)
+        for by_product in (False, True)
+    )
+    # Scores may begin with a bias only where masks are products, and it is dear elsewhere.
+    products = _can_mask_by_product(axes, kernel, row_boxes, column_boxes) & (
+        has_bias | (multiplying <= selecting)
+    )
+    cycles = np.where(products, multiplying, selecting)
+    cycles = cycles * imbalance(tiles, kernel.pipelines, copies)
     # Of equals those with the longest last axis of column boxes come first.
     order = np.argsort(cycles.T, axis=None, kind="stable")[:most]
     return [

@@ -252,5 +252,43 @@ def test_a_launch_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(attend(), expected)
 
 
+def test_a_bias_and_tiles_that_hang_over_the_grid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows outside of the grid read no bias: theirs lay beyond all shared memory."""
+    make_plan = _lowering.make_plan
+
+    def hanging(*arguments: Any) -> Any:
+        plan = make_plan(*arguments)
+        assert plan is not None
+        hopper = plan.hopper_forward
+        if not isinstance(hopper, str):
+            boxes = {"row_box": (3, 21), "column_box": (32, 2)}
+            hopper = {"forward": dataclasses.replace(hopper["forward"], **boxes)}
+        return dataclasses.replace(plan, hopper_forward=hopper)
+
+    monkeypatch.setattr(_lowering, "make_plan", hanging)
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value = (
+        jax.random.normal(k, (2, 31, 33, 2, 160), jnp.bfloat16) for k in keys[:3]
+    )
+    bias = jax.random.normal(keys[3], (2, 3, 61))
+
+    def attend(implementation: str, dtype: Any) -> jax.Array:
+        return jax_na.na2d(
+            *(array.astype(dtype) for array in (query, key, value)),
+            (2, 31),
+            stride=(1, 25),
+            dilation=(8, 1),
+            rel_pos_bias=bias,
+            implementation=implementation,
+        )
+
+    expected = attend("naive", jnp.float32)
+    error = attend("fused", jnp.bfloat16).astype(jnp.float32) - expected
+    scale = jnp.sqrt(jnp.mean(jnp.square(expected)))
+    assert jnp.sqrt(jnp.mean(jnp.square(error))) <= TOLERANCES["bfloat16"] * scale
+
+
 if __name__ == "__main__":
     _print_steps(sys.argv[1], bool(int(sys.argv[2])))

@@ -164,6 +164,33 @@ def test_masks_by_product(
         assert tiling.masks_by_product == (expected and product_cycles is not None)
         visit = kernel.product_cycles if tiling.masks_by_product else kernel.cycles
         assert FORWARD.cycles_of(tiling, None) >= tiling.visits * visit
+    wide = dataclasses.replace(kernel, most_seen=64)
+    tiling = _tiling_sm90.count(axes, FORWARD.interval, wide, (8, 8), column_box)
+    assert tiling.masks_by_product == (sum(column_box) <= 32)
+    selecting = _tiling_sm90.count(
+        axes, FORWARD.interval, kernel, (8, 8), column_box, masks_by_product=False
+    )
+    assert not selecting.masks_by_product
+
+
+@pytest.mark.parametrize(
+    ("product_cycles", "has_bias", "wherever_possible"),
+    [(600, False, True), (1500, False, False), (1500, True, True)],
+)
+def test_masks_are_products_where_that_is_cheaper_or_for_a_bias(
+    product_cycles: int, has_bias: bool, wherever_possible: bool
+) -> None:
+    kernel = Kernel(80, 1, 3, 700, product_cycles=product_cycles)
+    axes = (Axis(64, 13, 1, 1, False),) * 2
+    best = _tiling_sm90.best_tilings(FORWARD, kernel, axes, 128, 1, has_bias, most=300)
+    possible = 0
+    for _, tiling in best:
+        boxes = (tiling.row_box, tiling.column_box)
+        can = _tiling_sm90.count(axes, FORWARD.interval, kernel, *boxes)
+        possible += can.masks_by_product
+        expected = wherever_possible and can.masks_by_product
+        assert tiling.masks_by_product == expected
+    assert possible
 
 
 PASSES = ("hopper_forward", "hopper_backward", "hopper_gradients")
@@ -435,6 +462,10 @@ def test_limits_are_those_of_the_kernels() -> None:
         ("wgmma.cuh", f"kGroupRows = {ROWS};"),
         ("variants.h", f"kLargestBias = {_tiling_sm90.LARGEST_BIAS};"),
         ("mask_product.cuh", f"kMaskEntries = {_tiling_sm90.MASK_ENTRIES};"),
-        ("mask_product.cuh", f"kMostSeen = {_tiling_sm90.MOST_SEEN};"),
+        ("mask_product.cuh", "kMostSeen = kDim <= 64 ? 32 : 64;"),
     ):
         assert constant in (SOURCES / file).read_text()
+    for which in (FORWARD, DQUERY, DKEY_DVALUE, GRADIENTS):
+        for dim, kernels in which.kernels.items():
+            most_seen = {k.most_seen for k in kernels if k.product_cycles is not None}
+            assert most_seen <= {32 if dim <= 64 else 64}

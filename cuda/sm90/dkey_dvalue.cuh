@@ -24,7 +24,7 @@ struct DKeyPass {
   template <int>
   static constexpr int kRowTiles = 2;
   template <int kDim>
-  static constexpr bool kMaskProduct = kDim <= 64;
+  static constexpr bool kMaskProduct = kDim <= 128;
   template <int kDim, int kColumns>
   static constexpr int kConstants = kMaskProduct<kDim> ? kMaskConstants<kColumns> : 0;
   template <class S>
@@ -89,11 +89,14 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
     }
     const uint32_t keys = ptx::shared_address(own.rows(stage, 0));
     const uint32_t values = ptx::shared_address(own.rows(stage, 1));
-    [[maybe_unused]] SeenBits seen;
+    [[maybe_unused]] SeenBits<S::kDim> seen;
     if constexpr (S::kMaskProduct) {
       seen.read(table, view, cut);
     } else {
-      view.read(table, cut);
+      bool exists[2] = {true, true};
+      // Rows outside of the grid would read bias from beyond its table.
+      if constexpr (S::kAddsBias) find_rows(exists, table.token[group]);
+      view.read(table, cut, exists);
     }
     const int32_t boxes = uniform(table.visits.boxes);
     const int32_t first = uniform(table.first_box[group]),
@@ -209,17 +212,18 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
 
     finish_pending();
 
-    own.barrier();  // all warps are done with these keys and values
     const int64_t row = table.batch * p.key_tokens() * p.key_heads + table.head;
-    const auto store = [&](const auto& gradient, float by, void* to, int array, int32_t dim) {
+    int32_t tokens[2];
+    read_tokens(tokens, table.token[group]);
+    own.release_tile(stage);
+    const auto store = [&](const auto& gradient, float by, void* to, int32_t dim) {
       if (to == nullptr) return;
       const float factor[2] = {by, by};
-      store_product<T, Rows>(gradient, factor, own.rows(stage, array), table.token[group],
-                             static_cast<T*>(to) + row * dim, int64_t{p.key_heads} * dim, dim);
+      store_rows<T, S::kDim>(gradient, factor, tokens, static_cast<T*>(to) + row * dim,
+                             int64_t{p.key_heads} * dim, dim);
     };
-    store(dkey, scale, plan.call.dkey, 0, p.head_dim);
-    store(dvalue, 1, plan.call.dvalue, 1, p.value_dim);
-    own.release_tile(stage);
+    store(dkey, scale, plan.call.dkey, p.head_dim);
+    store(dvalue, 1, plan.call.dvalue, p.value_dim);
   }
 }
 

@@ -20,10 +20,11 @@ struct DQueryPass {
   using Variants = DQuery<kDim>;
   static constexpr Side kRowsAre = Side::kQueries;
   static constexpr int kRowArrays = 2;
-  template <int>
-  static constexpr int kRowTiles = 2;
+  // One where rows are large: more slots do more than rows that are there early.
   template <int kDim>
-  static constexpr bool kMaskProduct = kDim <= 64;
+  static constexpr int kRowTiles = kDim <= 64 ? 2 : 1;
+  template <int kDim>
+  static constexpr bool kMaskProduct = kDim <= 128;
   template <int kDim, int kColumns>
   static constexpr int kConstants = kMaskProduct<kDim> ? kMaskConstants<kColumns> : 0;
   template <class S>
@@ -179,11 +180,14 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     }
     const uint32_t queries = ptx::shared_address(own.rows(stage, 0));
     const uint32_t douts = ptx::shared_address(own.rows(stage, 1));
-    [[maybe_unused]] SeenBits seen;
+    [[maybe_unused]] SeenBits<S::kDim> seen;
     if constexpr (S::kMaskProduct) {
       seen.read(table, view, cut);
     } else {
-      view.read(table, cut);
+      bool exists[2] = {true, true};
+      // Rows outside of the grid would read bias from beyond its table.
+      if constexpr (S::kAddsBias) find_rows(exists, table.token[group]);
+      view.read(table, cut, exists);
     }
     float lse[2], delta[2];  // as RowNumbers
 #pragma unroll
@@ -332,12 +336,12 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     finish_pending();
     own.base += 2 * boxes;
 
-    own.barrier();  // all warps are done with these queries
-    const float factor[2] = {scale, scale};
-    store_product<T, Rows>(dquery, factor, own.rows(stage, 0), table.token[group],
-                           static_cast<T*>(plan.call.dquery) + table.first_row * p.head_dim,
-                           int64_t{p.heads} * p.head_dim, p.head_dim);
+    T* const to = static_cast<T*>(plan.call.dquery) + table.first_row * p.head_dim;
+    int32_t tokens[2];
+    read_tokens(tokens, table.token[group]);
     own.release_tile(stage);
+    const float factor[2] = {scale, scale};
+    store_rows<T, S::kDim>(dquery, factor, tokens, to, int64_t{p.heads} * p.head_dim, p.head_dim);
   }
 }
 

@@ -58,9 +58,10 @@ struct ForwardPass {
   static constexpr int kLeastSlots = 3;
 
   template <int kDim>
-  static constexpr bool kMaskProduct = kDim <= 64;
+  static constexpr bool kMaskProduct = kDim <= 128;
   template <int kDim, int kColumns>
-  static constexpr int kConstants = kDim <= 64 ? kMaskConstants<kColumns> + 3 * 1024 : 0;
+  static constexpr int kConstants =
+      (kMaskProduct<kDim> ? kMaskConstants<kColumns> : 0) + (kDim <= 64 ? 3 * 1024 : 0);
   template <class S>
   using Constants = ForwardConstants<S>;
 
@@ -136,7 +137,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
   const Turns<S::kGroups, S::kGroups == 2> turns(group);
   RowView view;
   view.place<S::kGroups>(cut, group);
-  SeenBits seen;
+  SeenBits<S::kDim> seen;
   OnlineSoftmax softmax(lowest);
   float sums[kSums];
   bool begun = false;      // there is something in the sums
@@ -170,10 +171,11 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     begun = true;
   };
   const auto store_output = [&](uint32_t stage) {
-    auto& table = own.pipeline.table[stage];
+    const auto& table = own.pipeline.table[stage];
     const int64_t first_row = table.first_row;
-    const int lane = threadIdx.x % kWarpLanes;
-    const int own_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows + lane / 4;
+    int32_t tokens[2];
+    read_tokens(tokens, table.token[group]);
+    own.release_tile(stage);
     float factor[2], lse[2];
     if constexpr (!kSumProduct<S>) due_softmax.finish();
 #pragma unroll
@@ -181,37 +183,17 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       if constexpr (kSumProduct<S>) {
         due_softmax.total[h] = begun ? sums[S::kDim / 2 + 2 * h] : 0;
       }
+      if (due_softmax.total[h] == 0) tokens[h] = min(tokens[h], ~tokens[h]);  // zeros
       factor[h] = ptx::reciprocal(due_softmax.total[h]);
       lse[h] = due_softmax.lse(h);
     }
-    own.barrier();  // all warps are done with these queries
-    put_rows<T, Rows>(own.rows(stage, 0), sums, factor);
-    int32_t tokens[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      tokens[h] = kNoToken;
-      if (lane % 4 != 0) continue;  // one lane has the row's
-      int32_t& token = table.token[group][own_row + 8 * h];
-      tokens[h] = token;
-      if (tokens[h] >= 0 && due_softmax.total[h] == 0) token = ~tokens[h];
-    }
-    __syncwarp();
-    RowCopy<Rows> rows;
-    rows.read(own.rows(stage, 0), table.token[group]);
-    if constexpr (S::kCanStay) {  // the table may be used again
-      __syncwarp();
-      if (lane % 4 == 0) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) table.token[group][own_row + 8 * h] = tokens[h];
-      }
-    }
-    own.release_tile(stage);
-    rows.write(static_cast<T*>(plan.call.out) + first_row * p.value_dim,
-               int64_t{p.heads} * p.value_dim, p.value_dim);
+    store_rows<T, S::kDim>(sums, factor, tokens,
+                           static_cast<T*>(plan.call.out) + first_row * p.value_dim,
+                           int64_t{p.heads} * p.value_dim, p.value_dim);
     float* lse_of_tile = static_cast<float*>(plan.call.lse) + first_row;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (tokens[h] == kNoToken) continue;
+      if (threadIdx.x % 4 != 0 || tokens[h] == kNoToken) continue;
       const auto at = static_cast<uint32_t>(max(tokens[h], ~tokens[h]));
       lse_of_tile[uint64_t{at} * static_cast<uint32_t>(p.heads)] =
           tokens[h] < 0 ? -kInfinity : lse[h];
@@ -230,7 +212,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
   clear(sums);
   for (;;) {
     const uint32_t stage = own.next_tile();
-    auto& table = own.pipeline.table[stage];
+    const auto& table = own.pipeline.table[stage];
     if (table.end) break;
     uint8_t* query_block = own.rows(stage, 0);
     const uint32_t queries = ptx::shared_address(query_block);
@@ -241,7 +223,10 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
     if constexpr (S::kMaskProduct) {
       seen.read(table, view, cut);
     } else {
-      view.read(table, cut);
+      bool exists[2] = {true, true};
+      // Rows outside of the grid would read bias from beyond its table.
+      if constexpr (S::kAddsBias) find_rows(exists, table.token[group]);
+      view.read(table, cut, exists);
     }
     const int32_t boxes = uniform(table.visits.boxes),
                   grid_boxes = uniform(table.visits.grid_boxes);

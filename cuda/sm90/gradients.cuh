@@ -4,7 +4,7 @@
 //   P^T = exp(scale K Q^T + bias - lse),  dV = P^T dO
 //   dS^T = P^T (V dO^T - delta),          dK = scale dS^T Q,  dQ = scale dS K
 //
-//   S0, dP0 | P0 | dV += P0 dO0 | dS0 | dQ0 = dS0 K, dK += dS0 Q0 | add dQ0 | S1, dP1 | ...
+//   S0 | dP0 | P0 | dV += P0 dO0 | dS0 | dQ0 = dS0 K, dK += dS0 Q0, S1 | add dQ0 | dP1 | P1 ...
 //
 // Five products where dquery.cuh and dkey_dvalue.cuh make seven. The price is that a query's
 // gradient is a sum over tiles of keys, which is made in memory, in float32 and in any order.
@@ -106,11 +106,8 @@ struct QueryShare {
     return threadIdx.x % kGroupThreads == 0;
   }
 
-  // Adds d to a box of sums by way of `buffer`, which the copy engine is done with: the channels
-  // of its head begin at `channel`, its queries at `at`.
-  __device__ __forceinline__ void add(const float (&d)[kChannels / 2], uint32_t buffer,
-                                      const CUtensorMap* sums, int32_t channel,
-                                      const int32_t (&at)[kMaxRank], int32_t batch) const {
+  // Puts d into `buffer`, which the copy engine is done with.
+  __device__ __forceinline__ void put(const float (&d)[kChannels / 2], uint32_t buffer) const {
     const int lane = threadIdx.x % kWarpLanes;
     const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
     buffer += group * kBlocks * kBlockBytes;
@@ -125,6 +122,13 @@ struct QueryShare {
                           own[0], own[1], own[4], own[5]);
       }
     }
+  }
+
+  // Adds what was put there to a box of sums: the channels of its head begin at `channel`, its
+  // queries at `at`.
+  __device__ __forceinline__ void add(uint32_t buffer, const CUtensorMap* sums, int32_t channel,
+                                      const int32_t (&at)[kMaxRank], int32_t batch) const {
+    buffer += group * kBlocks * kBlockBytes;
     ptx::fence_async_proxy();
     group_barrier(pipeline * S::kGroups + group);
     if (!adds()) return;
@@ -134,6 +138,33 @@ struct QueryShare {
                    at, batch);
     }
     ptx::additions_commit();
+  }
+};
+
+// Whether the scores of a visit are begun as soon as dQ of the one before lies in shared memory,
+// so that tensor cores have work while it is added; or after that. Measured: NOTES.md.
+template <class S>
+constexpr bool kScoresAhead = S::kDim > 64 || (S::kDim > 32 && S::kMaskProduct);
+
+// The scores of a visit, which become weights, and what masks them.
+template <class S>
+struct Scores {
+  float weights[S::kColumns / 2];
+  MaskRows masks;
+};
+
+// One box of queries of one head of the group.
+struct Visit {
+  int32_t member, box;  // of so many
+  BoxWalk walk;
+
+  __device__ __forceinline__ void advance(const BoxOrder& order, int32_t boxes) {
+    walk.advance(order);
+    if (++box < boxes) return;
+    box = 0;
+    ++member;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) walk.at[a] = 0;
   }
 };
 
@@ -153,7 +184,6 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
   const float scale = static_cast<float>(p.scale);
   const float log2_scale = S::kAddsBias ? kLog2E : scale * kLog2E;
   const int lane = threadIdx.x % kWarpLanes;
-  const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
 
   const int pipeline = index / S::kGroups;
   Consumer<S> own(shared.pipeline[pipeline], index);
@@ -165,9 +195,8 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
   float dquery[Share::kChannels / 2];
   uint32_t dweights[kColumns / 4];  // dS as an operand
   constexpr bool kFromRegisters = S::kDim < 128;  // where there are enough
-  bool pending = false;             // dK += dS Q is under way,
-  uint32_t pending_queries = 0;     // with the queries at this position
-  uint32_t turn = 0;                // half of the exchange that is next
+  constexpr bool kAhead = kScoresAhead<S>;
+  uint32_t turn = 0;  // half of the exchange that is next
 
   for (;;) {
     const uint32_t stage = own.next_tile();
@@ -186,11 +215,8 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
     const uint32_t values = ptx::shared_address(own.rows(stage, 1));
     const uint32_t all_keys = keys - group * Rows::kAllBytes;
     bool exists[2];  // what is no key must not add to dQ
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      exists[h] = table.token[group][warp_row + lane / 4 + 8 * h] >= 0;
-    }
-    [[maybe_unused]] SeenBits seen;
+    find_rows(exists, table.token[group]);
+    [[maybe_unused]] SeenBits<S::kDim> seen;
     if constexpr (S::kMaskProduct) {
       seen.read(table, view, cut, exists);
     } else {
@@ -200,37 +226,47 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
     clear(dkey);
     clear(dvalue);
 
-    const auto visit = [&](int32_t member, const BoxWalk& walk, uint32_t at) {
-      float weights[kColumns / 2], dscores[kColumns / 2];
+    const auto bias_of = [&](const Visit& visit) {
+      return BiasView<Sides<kRowsAre>::kSign>(plan.streams.bias, visit.member, view, table.lo,
+                                              visit.walk);
+    };
+    const auto begin_scores = [&](Scores<S>& scores, const Visit& visit, uint32_t at) {
+      if constexpr (S::kMaskProduct) scores.masks.make(seen, visit.walk, cut, true);
+      if constexpr (S::kBeginsWithBias) {
+        bias_of(visit).begin(scores.weights, own.pipeline.bias[stage], shared.bias);
+      }
+      own.wait(at);
+      if (!S::kMaskProduct && p.frame != nullptr) {  // what lies beyond the frame is no number
+        clear_overhang<Columns>(own.block(at), visit.walk, box);
+        own.barrier();
+      }
+      pin(scores.weights);
+      multiply_and_mask<S>(scores.weights, keys, ptx::shared_address(own.block(at)),
+                           scores.masks, shared.constants);
+      products_commit();
+    };
+    const auto scores_made = [&](Scores<S>& scores) {
+      pin(scores.weights);
+      if constexpr (S::kMaskProduct) pin(scores.masks.operand);
+    };
+    const auto keys_added = [&] {
+      pin(dkey);
+      if constexpr (kFromRegisters) pin(dweights);
+    };
+    // The rest of a visit.
+    const auto make_gradients = [&](Scores<S>& scores, const Visit& visit, const Visit& next,
+                                    uint32_t at, auto has_next) {
+      constexpr bool kHasNext = decltype(has_next)::value;
+      float dscores[kColumns / 2];
       uint32_t operand[kColumns / 4];  // P
       const uint32_t queries = ptx::shared_address(own.block(at));
       const uint32_t douts = ptx::shared_address(own.block(at + 1));
       const uint32_t buffers = ptx::shared_address(own.pipeline.exchange);
       const uint32_t exchange = buffers + turn * Exchange::kAllBytes;
       turn ^= 1;
-      [[maybe_unused]] MaskRows masks;
-      if constexpr (S::kMaskProduct) masks.make(seen, walk, cut, true);
-      const auto bias = [&] {
-        return BiasView<Sides<kRowsAre>::kSign>(plan.streams.bias, member, view, table.lo, walk);
-      };
-      if constexpr (S::kBeginsWithBias) {
-        bias().begin(weights, own.pipeline.bias[stage], shared.bias);
-      }
-      own.wait(at);
-      if (!S::kMaskProduct && p.frame != nullptr) {  // what lies beyond the frame is no number
-        clear_overhang<Columns>(own.block(at), walk, box);
-        own.barrier();
-      }
-      pin(weights);
-      multiply_and_mask<S>(weights, keys, queries, masks, shared.constants);
-      products_commit();
-      products_wait<1>();
-      pin(dkey);
-      if constexpr (kFromRegisters) pin(dweights);
-      if (pending) own.release(pending_queries);
       own.wait(at + 1);
       if (!S::kMaskProduct && p.frame != nullptr) {
-        clear_overhang<Columns>(own.block(at + 1), walk, box);
+        clear_overhang<Columns>(own.block(at + 1), visit.walk, box);
         own.barrier();
       }
       pin(dscores);
@@ -239,15 +275,17 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       products_commit();
 
       // ---- Weights ----
+      auto& weights = scores.weights;
       const bool masked = !S::kMaskProduct &&
-                          (S::kAddsBias || box.size < kColumns || !view.all_see(walk, cut));
+                          (S::kAddsBias || box.size < kColumns || !view.all_see(visit.walk, cut));
       LaneMask<kColumns> mask;
-      if (masked) mask = view.mask(shared.sets, walk, cut);
-      products_wait<1>();
-      pin(weights);
-      if constexpr (S::kMaskProduct) pin(masks.operand);
+      if (masked) mask = view.mask(shared.sets, visit.walk, cut);
+      if constexpr (!kAhead) {
+        products_wait<1>();
+        scores_made(scores);
+      }
       if constexpr (S::kAddsBias) {
-        bias().add(weights, scale, mask, own.pipeline.bias[stage], shared.bias);
+        bias_of(visit).add(weights, scale, mask, own.pipeline.bias[stage], shared.bias);
       }
       const auto& statistics = shared.statistics[pipeline].slot[own.pipeline.ring.slot(at)];
       const auto* delta = reinterpret_cast<const float2*>(statistics.delta) + lane % 4;
@@ -297,46 +335,74 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       pin(dvalue);
       pin(dquery);
       own.release(at + 1);
+      const uint32_t buffer = buffers + 2 * Exchange::kAllBytes;
+      share.put(dquery, buffer);
+      if constexpr (kAhead && kHasNext) begin_scores(scores, next, at + 2);
       int32_t first[kMaxRank];
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
-        first[a] = table.visits.start[a] + p.window[a].dilation * walk.at[a];
+        first[a] = table.visits.start[a] + p.window[a].dilation * visit.walk.at[a];
       }
-      share.add(dquery, buffers + 2 * Exchange::kAllBytes, &plan.sums,
-                (table.key_head * plan.streams.members + member) * S::kDim, first,
+      share.add(buffer, &plan.sums,
+                (table.key_head * plan.streams.members + visit.member) * S::kDim, first,
                 static_cast<int32_t>(table.batch));
-      pending = true;
-      pending_queries = at;
+      if constexpr (kAhead) {
+        products_wait<0>();
+        if constexpr (kHasNext) scores_made(scores);
+        keys_added();
+        own.release(at);
+      }
     };
 
-    for (int32_t member = 0; member < plan.streams.members; ++member) {
-      BoxWalk walk{{uniform(table.visits.length[0]), uniform(table.visits.length[1]),
-                    uniform(table.visits.length[2])},
-                   {0, 0, 0}};
+    const int32_t last = plan.streams.members * boxes - 1;
+    Visit visit{0, 0, {{uniform(table.visits.length[0]), uniform(table.visits.length[1]),
+                        uniform(table.visits.length[2])},
+                       {0, 0, 0}}};
+    if constexpr (kAhead) {
+      if (last >= 0) {
+        Scores<S> scores;
+        begin_scores(scores, visit, own.base);
+        products_wait<0>();
+        scores_made(scores);
 #pragma unroll 1
-      for (int32_t i = 0; i < boxes; ++i) {
-        visit(member, walk, own.base + 2 * i);
-        walk.advance(box);
+        for (int32_t i = 0; i < last; ++i) {
+          Visit next = visit;
+          next.advance(box, boxes);
+          make_gradients(scores, visit, next, own.base + 2 * i, std::true_type{});
+          visit = next;
+        }
+        make_gradients(scores, visit, visit, own.base + 2 * last, std::false_type{});
       }
-      own.base += 2 * boxes;
+    } else {
+#pragma unroll 1
+      for (int32_t i = 0; i <= last; ++i) {
+        const uint32_t at = own.base + 2 * i;
+        Scores<S> scores;
+        begin_scores(scores, visit, at);
+        products_wait<1>();
+        keys_added();
+        if (i > 0) own.release(at - 2);
+        make_gradients(scores, visit, visit, at, std::false_type{});
+        visit.advance(box, boxes);
+      }
+      products_wait<0>();
+      keys_added();
+      if (last >= 0) own.release(own.base + 2 * last);
     }
-    products_wait<0>();
-    pin(dkey);
-    if constexpr (kFromRegisters) pin(dweights);
-    if (pending) own.release(pending_queries);
-    pending = false;
+    own.base += 2 * (last + 1);
 
-    share.exchange_barrier();  // another warpgroup may still multiply by these keys
     const int64_t row = table.batch * p.key_tokens() * p.key_heads + table.head;
-    const auto store = [&](const auto& gradient, float by, void* to, int array, int32_t dim) {
+    int32_t tokens[2];
+    read_tokens(tokens, table.token[group]);
+    own.release_tile(stage);
+    const auto store = [&](const auto& gradient, float by, void* to, int32_t dim) {
       if (to == nullptr) return;
       const float factor[2] = {by, by};
-      store_product<T, Rows>(gradient, factor, own.rows(stage, array), table.token[group],
-                             static_cast<T*>(to) + row * dim, int64_t{p.key_heads} * dim, dim);
+      store_rows<T, S::kDim>(gradient, factor, tokens, static_cast<T*>(to) + row * dim,
+                             int64_t{p.key_heads} * dim, dim);
     };
-    store(dkey, scale, plan.call.dkey, 0, p.head_dim);
-    store(dvalue, 1, plan.call.dvalue, 1, p.value_dim);
-    own.release_tile(stage);
+    store(dkey, scale, plan.call.dkey, p.head_dim);
+    store(dvalue, 1, plan.call.dvalue, p.value_dim);
   }
   if (share.adds()) ptx::additions_wait_read();
 }

@@ -177,7 +177,8 @@ cudaError_t launch_pass(const typename Pass::Plan& plan, const HopperTiling& til
     };
     const bool has_bias = plan.call.in.bias != nullptr;
     if constexpr (Pass::template kMaskProduct<kDim>) {
-      if (can_mask_by_product(problem, cut, decltype(variant)::kColumns)) {
+      if (tiling.masks_by_product &&
+          can_mask_by_product(problem, cut, decltype(variant)::kColumns, kMostSeen<kDim>)) {
         if (!has_bias) return launch(std::false_type{}, std::true_type{});
         const int32_t tables = kRowsAreKeys ? plan.streams.members : 1;
         if (can_begin_with_bias(problem, cut, kRowsAreKeys, tables, kBiasEntries<kDim>)) {

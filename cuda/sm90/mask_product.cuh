@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "ptx.cuh"
 #include "tile.cuh"
@@ -17,7 +18,10 @@
 namespace jax_na::cuda::sm90 {
 
 constexpr int kMaskEntries = 32;
-constexpr int kMostSeen = 32;  // columns of an axis, up to the end of the last box
+
+// Columns of an axis, up to the end of the last box: 64 where registers allow for that.
+template <int kDim>
+constexpr int kMostSeen = kDim <= 64 ? 32 : 64;
 
 // What is not seen gets this, once per axis. Scores that are seen are to be above half of it.
 constexpr float kMaskedScore = -57344.0f * 57344.0f;
@@ -63,8 +67,10 @@ struct MaskColumns {
 };
 
 // What the two rows of a lane see, a bit per coordinate from the start of the union.
+template <int kDim>
 struct SeenBits {
-  uint32_t bits[2][kMaxRank];
+  static constexpr bool kWide = kMostSeen<kDim> > 32;
+  std::conditional_t<kWide, uint64_t, uint32_t> bits[2][kMaxRank];
 
   // `exists` tells of both rows whether they see anything.
   template <int kGroups>
@@ -77,9 +83,23 @@ struct SeenBits {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const Seen seen = table.seen[view.entry[h][a]];
-        const int32_t lo = max(seen.lo, 0);
-        bits[h][a] = exists[h] ? ptx::bit_run(lo, max(seen.hi - lo, 0)) : 0;
+        const auto from = [&](int32_t first) {  // 32 of them
+          const int32_t lo = max(seen.lo - first, 0);
+          return exists[h] ? ptx::bit_run(lo, max(seen.hi - first - lo, 0)) : 0;
+        };
+        bits[h][a] = from(0);
+        if constexpr (kWide) bits[h][a] |= uint64_t{from(32)} << 32;
       }
+    }
+  }
+
+  // 32 of them, with that of coordinate `at` at place `first`. Other places than those of the
+  // box may hold anything.
+  __device__ __forceinline__ uint32_t place(int h, int a, int32_t at, int32_t first) const {
+    if constexpr (kWide) {
+      return static_cast<uint32_t>(bits[h][a] >> at) << first;
+    } else {
+      return ptx::rotate_right(bits[h][a], at - first);
     }
   }
 };
@@ -87,7 +107,7 @@ struct SeenBits {
 // Whether scores can be masked by a product: bits are enough up to the end of the last box, a
 // box has few enough coordinates, scores stay masked when they are scaled, and what is masked is
 // a number. Where columns are missing in a box, one entry more is needed.
-inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
+inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns, int most_seen) {
   const auto scale = static_cast<float>(p.scale);
   if (p.frame != nullptr || !(scale > 0x1p-20f && scale < 0x1p20f)) return false;
   int64_t entries = cut.columns.size < columns ? 1 : 0;
@@ -96,7 +116,7 @@ inline bool can_mask_by_product(const Problem& p, const Cut& cut, int columns) {
     const AxisWindow& window = p.window[a];
     const int64_t extent = cut.columns.extent[a];
     const int64_t most = fused::most_columns(window, cut.ctas.tile.extent[a]);
-    fits = fits && (most + extent - 1) / extent * extent <= kMostSeen;
+    fits = fits && (most + extent - 1) / extent * extent <= most_seen;
     entries += extent;
   }
   return fits && entries <= kMaskEntries;
@@ -108,7 +128,8 @@ struct MaskRows {
   uint32_t operand[kMaskEntries / 8];
 
   // For the box at hand; none of it is masked where not `in_grid`.
-  __device__ __forceinline__ void make(const SeenBits& seen, const BoxWalk& walk,
+  template <int kDim>
+  __device__ __forceinline__ void make(const SeenBits<kDim>& seen, const BoxWalk& walk,
                                        const Cut& cut, bool in_grid) {
     uint32_t entries[2] = {0, 0};  // that are seen
 #pragma unroll
@@ -118,8 +139,7 @@ struct MaskRows {
       const uint32_t own = ptx::bit_run(first, cut.columns.extent[a]);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        // The coordinate at the start of the box goes to the first entry.
-        entries[h] |= ptx::rotate_right(seen.bits[h][a], walk.at[a] - first) & own;
+        entries[h] |= seen.place(h, a, walk.at[a], first) & own;
       }
     }
 #pragma unroll

@@ -90,7 +90,6 @@ struct Shape {
   static constexpr int kSlots = kFit < 8 ? kFit : 8;
 
   struct Pipeline {
-    // Where results are put in the end.
     alignas(1024) uint8_t row[kRowTiles][kRowArrays][kGroups][Rows::kAllBytes];
     alignas(1024) uint8_t column[kSlots][Columns::kAllBytes];
     alignas(1024) uint8_t exchange[kExchange > 0 ? kExchange : 1];
@@ -322,9 +321,7 @@ struct Consumer {
     ++round;
     return stage;
   }
-  // Results may have been put where the next rows come.
   __device__ __forceinline__ void release_tile(uint32_t stage) {
-    ptx::fence_async_proxy();
     __syncwarp();
     if (elected()) ptx::barrier_arrive(&pipeline.tile_empty[stage]);
   }

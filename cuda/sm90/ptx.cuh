@@ -124,13 +124,11 @@ __device__ __forceinline__ float2 load_shared_64(uint32_t address) {
   return value;
 }
 
-__device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
+// st.global.v4.b32: a store that the compiler might take apart.
+__device__ __forceinline__ void store_global(void* to, const uint32_t (&word)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(word[0]),
+               "r"(word[1]), "r"(word[2]), "r"(word[3])
                : "memory");
-  return value;
 }
 
 // ---- Bits ------------------------------------------------------------------------------

@@ -8,28 +8,6 @@
 
 namespace jax_na::cuda::sm90 {
 
-// Puts the rows of a product, multiplied by `factor`, into a block of the warpgroup's own, as
-// T. Only the rows of the warp are touched. What follows the block's columns in d is passed by.
-template <typename T, class Block, int kCount>
-__device__ __forceinline__ void put_rows(uint8_t* block, const float (&d)[kCount],
-                                         const float (&factor)[2]) {
-  static_assert(kCount >= Block::kDim / 2);
-  const int lane = threadIdx.x % kWarpLanes;
-  const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
-  const int row = warp_row + lane % 8 + lane / 8 % 2 * 8;
-  const uint32_t first = ptx::shared_address(block) + Block::offset(row, lane / 16);
-#pragma unroll
-  for (int n = 0; n < Block::kDim / 8; n += 2) {
-    uint32_t w[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int at = 4 * (n + j / 2) + 2 * (j % 2);
-      w[j] = pack<T>(d[at] * factor[j % 2], d[at + 1] * factor[j % 2]);
-    }
-    ptx::store_matrices(Block::add_units(first, n), w[0], w[1], w[2], w[3]);
-  }
-}
-
 // Puts a row operand, as pack_all makes it, into a block of 16-bit elements, the warpgroup's
 // first row into row `first`. Only the rows of the warp are touched.
 template <class Block, int kCount>
@@ -47,67 +25,64 @@ __device__ __forceinline__ void put_operand(uint32_t block, int first,
   }
 }
 
-// The warp's rows on their way from a block of shared memory to global memory.
-template <class Block>
-struct RowCopy {
-  static constexpr int kUnits = Block::kDim / 8;  // of 16 bytes, in a row
-  static constexpr int kOwn = kWarpRows * kUnits / kWarpLanes;
-
-  uint4 value[kOwn];
-  int32_t token[kOwn];
-
-  static __device__ __forceinline__ int index(int i) {
-    return i * kWarpLanes + threadIdx.x % kWarpLanes;
-  }
-
-  // `tokens` are those of the warpgroup's rows (see TileTable), of which the ones outside of the
-  // grid become zeros.
-  __device__ __forceinline__ void read(const uint8_t* block, const int32_t* tokens) {
-    const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
-    const int row = warp_row + index(0) / kUnits, unit = index(0) % kUnits;
-    const uint32_t first = ptx::shared_address(block) + Block::offset(row, unit);
+// The tokens of the two rows that a lane has of its warpgroup's products (see TileTable).
+__device__ __forceinline__ void read_tokens(int32_t (&own)[2], const int32_t* tokens) {
+  const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if constexpr (kWarpLanes % kUnits == 0) {  // all units are the same
-        constexpr int kStep = kWarpLanes / kUnits;
-        token[i] = tokens[row + i * kStep];
-        value[i] = ptx::load_shared_128(Block::add_rows(first, i * kStep));
-      } else {
-        const int row = warp_row + index(i) / kUnits, unit = index(i) % kUnits;
-        token[i] = tokens[row];
-        value[i] = ptx::load_shared_128(ptx::shared_address(block) + Block::offset(row, unit));
+  for (int h = 0; h < 2; ++h) own[h] = tokens[warp_row + threadIdx.x % kWarpLanes / 4 + 8 * h];
+}
+
+// Which of the two are in the grid.
+__device__ __forceinline__ void find_rows(bool (&exists)[2], const int32_t* tokens) {
+  int32_t own[2];
+  read_tokens(own, tokens);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) exists[h] = own[h] >= 0;
+}
+
+// Word j of lane l of a quad becomes word l of lane j.
+__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool high = (threadIdx.x & bit) != 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if ((j & bit) != 0) continue;
+      const uint32_t given = high ? word[j] : word[j + bit];
+      const uint32_t taken = __shfl_xor_sync(kFullWarp, given, bit);
+      word[j] = high ? taken : word[j];
+      word[j + bit] = high ? word[j + bit] : taken;
+    }
+  }
+}
+
+// Writes the rows of a product, multiplied by `factor`, to their tokens in global memory, the
+// first `dim` channels of kDim as T, and zeros where a token is outside of the grid. `base` is
+// element 0 of the head in the sample, `pitch` the elements from token to token. Straight from
+// registers: by way of shared memory a warp waits for others, and twice for its own words.
+template <typename T, int kDim, int kCount>
+__device__ __forceinline__ void store_rows(const float (&d)[kCount], const float (&factor)[2],
+                                           const int32_t (&tokens)[2], T* base, int64_t pitch,
+                                           int32_t dim) {
+  static_assert(kCount >= kDim / 2);
+  const int own_channel = threadIdx.x % 4 * 8;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const auto at = static_cast<uint32_t>(max(tokens[h], ~tokens[h]));
+    T* row = base + uint64_t{at} * static_cast<uint32_t>(pitch) + own_channel;
+#pragma unroll
+    for (int channel = 0; channel < kDim; channel += 32) {
+      uint32_t word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float* pair = d + channel / 2 + 4 * j + 2 * h;
+        word[j] = tokens[h] < 0 ? 0 : pack<T>(pair[0] * factor[h], pair[1] * factor[h]);
       }
-      if (token[i] < 0) value[i] = make_uint4(0, 0, 0, 0);
+      transpose_quad(word);
+      if (tokens[h] == kNoToken || channel + own_channel >= dim) continue;
+      ptx::store_global(row + channel, word);
     }
   }
-
-  // The first `dim` channels. `base` is element 0 of the head in the sample, `pitch` the
-  // elements from token to token.
-  template <typename T>
-  __device__ __forceinline__ void write(T* base, int64_t pitch, int32_t dim) const {
-    const auto pitch_bytes = static_cast<uint32_t>(pitch * sizeof(T));
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int unit = index(i) % kUnits;
-      if (token[i] == kNoToken || 8 * unit >= dim) continue;
-      const auto at = static_cast<uint32_t>(max(token[i], ~token[i]));
-      uint8_t* row = reinterpret_cast<uint8_t*>(base) + 16 * unit + uint64_t{at} * pitch_bytes;
-      *reinterpret_cast<uint4*>(row) = value[i];
-    }
-  }
-};
-
-// Both: `block` is the warpgroup's own.
-template <typename T, class Block, int kCount>
-__device__ __forceinline__ void store_product(const float (&d)[kCount],
-                                              const float (&factor)[2], uint8_t* block,
-                                              const int32_t* tokens, T* base, int64_t pitch,
-                                              int32_t dim) {
-  put_rows<T, Block>(block, d, factor);
-  __syncwarp();
-  RowCopy<Block> rows;
-  rows.read(block, tokens);
-  rows.write(base, pitch, dim);
 }
 
 }  // namespace jax_na::cuda::sm90

@@ -17,6 +17,7 @@ struct HopperTiling {
   int32_t column_box[kMaxRank];
   int32_t groups;
   int32_t columns;
+  bool masks_by_product;  // where that is possible (see mask_product.cuh)
 };
 
 // Element types kF16 and kBF16; head_dim and value_dim multiples of 8 up to 256; a bias table of

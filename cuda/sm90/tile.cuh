@@ -334,7 +334,7 @@ struct RowView {
   // `exists` tells of both rows whether they see anything.
   template <int kGroups>
   __device__ __forceinline__ void read(const TileTable<kGroups>& table, const Cut& cut,
-                                       const bool (&exists)[2] = {true, true}) {
+                                       const bool (&exists)[2]) {
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       if (a < cut.group_axis) continue;  // the grid has no such axis

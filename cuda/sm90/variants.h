@@ -34,7 +34,7 @@ struct Forward<96> {
 };
 template <>
 struct Forward<128> {
-  static constexpr Variant kList[] = {{80, 2, 1}, {128, 2, 1}, {144, 2, 1}};
+  static constexpr Variant kList[] = {{80, 2, 1}, {128, 2, 1}};
 };
 template <>
 struct Forward<192> {

@@ -34,14 +34,6 @@ struct Block {
   static __device__ __forceinline__ int offset(int row, int unit) {
     return unit / kUnits * kBytes + row * kRowBytes + (unit % kUnits ^ swizzle(row)) * 16;
   }
-  // The same as an address, from that of another unit or row; sums must not carry.
-  static __device__ __forceinline__ uint32_t add_units(uint32_t address, int units) {
-    return (address ^ units % kUnits * 16) + units / kUnits * kBytes;
-  }
-  static __device__ __forceinline__ uint32_t add_rows(uint32_t address, int rows) {
-    return (address ^ swizzle(rows) * 16) + rows * kRowBytes;
-  }
-
   // Descriptor of an operand at `address`, for its first step: address, leading and stride byte
   // offsets in units of 16 bytes, swizzle.
   static __device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading) {

@@ -130,6 +130,7 @@ struct Line {
     list((prefix + "_column_box").c_str(), tiling.column_box);
     tiling.groups = number((prefix + "_groups").c_str());
     tiling.columns = number((prefix + "_columns").c_str());
+    tiling.masks_by_product = number((prefix + "_masks_by_product").c_str()) != 0;
     return tiling;
   }
 };

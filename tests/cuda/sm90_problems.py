@@ -44,13 +44,18 @@ def _line(words: dict[str, Any]) -> str:
 
 
 def _tiling(
-    which: Pass, kernel: Kernel, row_box: Sequence[int], column_box: Sequence[int]
+    which: Pass,
+    kernel: Kernel,
+    row_box: Sequence[int],
+    column_box: Sequence[int],
+    masks_by_product: bool,
 ) -> dict[str, Any]:
     return {
         f"{which.name}_groups": kernel.groups,
         f"{which.name}_columns": kernel.columns,
         f"{which.name}_row_box": _three(row_box),
         f"{which.name}_column_box": _three(column_box),
+        f"{which.name}_masks_by_product": int(masks_by_product),
     }
 
 
@@ -135,6 +140,7 @@ def _random_problem(choice: random.Random, passes: Sequence[Pass]) -> dict[str, 
             kernel,
             _random_box(choice, _tiling_sm90.ROWS, rows, dilation),
             _random_box(choice, kernel.columns, columns, dilation),
+            choice.random() < 0.7,
         )
     return problem
 
@@ -167,13 +173,28 @@ def _tilings(
 ) -> list[dict[str, Any]]:
     if not which.takes(channels):
         return []
-    return [
-        _tiling(which, kernel, tiling.row_box, tiling.column_box)
-        for kernel in which.kernels[which.padded(channels)]
-        for _, tiling in _tiling_sm90.best_tilings(
+    found = []
+    for kernel in which.kernels[which.padded(channels)]:
+        best = _tiling_sm90.best_tilings(
             which, kernel, axes, copies, has_bias=has_bias, most=most
         )
-    ]
+        for _, own in best:
+            boxes = (own.row_box, own.column_box)
+            found.append(_tiling(which, kernel, *boxes, own.masks_by_product))
+        # The best one with masks of the other kind, too, where there is one.
+        own = best[0][1]
+        other = _tiling_sm90.count(
+            axes,
+            which.interval,
+            kernel,
+            own.row_box,
+            own.column_box,
+            not own.masks_by_product,
+        )
+        if other.masks_by_product != own.masks_by_product:
+            boxes = (own.row_box, own.column_box)
+            found.append(_tiling(which, kernel, *boxes, other.masks_by_product))
+    return found
 
 
 def _name(case: dict[str, Any], tiling: dict[str, Any]) -> str:
