@@ -178,22 +178,15 @@ def _tilings(
         best = _tiling_sm90.best_tilings(
             which, kernel, axes, copies, has_bias=has_bias, most=most
         )
-        for _, own in best:
-            boxes = (own.row_box, own.column_box)
-            found.append(_tiling(which, kernel, *boxes, own.masks_by_product))
+        cuts = [(t.row_box, t.column_box, t.masks_by_product) for _, t in best]
         # The best one with masks of the other kind, too, where there is one.
-        own = best[0][1]
+        *boxes, by_product = cuts[0]
         other = _tiling_sm90.count(
-            axes,
-            which.interval,
-            kernel,
-            own.row_box,
-            own.column_box,
-            not own.masks_by_product,
+            axes, which.interval, kernel, *boxes, masks_by_product=not by_product
         )
-        if other.masks_by_product != own.masks_by_product:
-            boxes = (own.row_box, own.column_box)
-            found.append(_tiling(which, kernel, *boxes, other.masks_by_product))
+        if other.masks_by_product != by_product:
+            cuts.append((*boxes, not by_product))
+        found += [_tiling(which, kernel, *cut) for cut in cuts]
     return found
 
 
