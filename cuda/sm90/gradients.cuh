@@ -9,8 +9,8 @@
 // Five products where dquery.cuh and dkey_dvalue.cuh make seven. The price is that a query's
 // gradient is a sum over tiles of keys, which is made in memory, in float32 and in any order.
 // dS goes through shared memory, since it is needed with its rows and columns exchanged, and
-// since the warpgroups of a pipeline divide dQ among them by its channels: so each adds what
-// all keys of the CTA give, and there is less to add in memory.
+// since warpgroups of a pipeline add what all of its keys give, so that there is less to add in
+// memory: they divide dQ among them by its channels, or take turns in making it, box by box.
 #pragma once
 
 #include "kernel.cuh"
@@ -37,10 +37,15 @@ struct GradientsPass {
   // The queries of a box, and both blocks of the next.
   static constexpr int kLeastSlots = 3;
 
+  // Whether warpgroups take turns: where their shares of channels would be so narrow that their
+  // products wait for shared memory, and registers suffice for all channels.
+  template <int kDim, int kGroups>
+  static constexpr bool kTakesTurns = kGroups > 1 && kDim <= 64;
   // dS of a box and of the one before, which another warpgroup may still multiply, and dQ.
   template <int kDim, int kColumns, int kGroups>
-  static constexpr int kExchange = 2 * kColumns * kGroups * kGroupRows * 2 +
-                                   kColumns * kDim * 4;
+  static constexpr int kExchange =
+      2 * kColumns * kGroups * kGroupRows * 2 +
+      (kTakesTurns<kDim, kGroups> ? kGroups : 1) * kColumns * kDim * 4;
 
   template <int kColumns>
   static constexpr int kStatistics = sizeof(ColumnStatistics<kColumns>);
@@ -62,11 +67,14 @@ struct GradientsPass {
                                                  Shared<GradientsPass, S>& shared, int index);
 };
 
-// What a warpgroup makes of dQ: the queries of a box by kChannels channels.
+// What a warpgroup makes of dQ: the queries of a box by kChannels channels, of every box or, if
+// they take turns, of every second one.
 template <class S>
 struct QueryShare {
   static_assert(S::kColumns == kGroupRows);  // queries are rows of a product, too
-  static constexpr int kChannels = S::kDim / S::kGroups;
+  static constexpr bool kTakesTurns = GradientsPass::kTakesTurns<S::kDim, S::kGroups>;
+  static_assert(!kTakesTurns || S::kGroups == 2);  // as many as halves of the exchange
+  static constexpr int kChannels = kTakesTurns ? S::kDim : S::kDim / S::kGroups;
   static constexpr int kBlocks = kChannels / kSumChannels;
   static constexpr int kBlockBytes = S::kColumns * kSumChannels * 4;
   using Exchange = Block<S::kColumns, S::kGroups * kGroupRows>;  // rows are keys
@@ -76,11 +84,24 @@ struct QueryShare {
   int pipeline, group, first_channel;
 
   __device__ __forceinline__ QueryShare(int pipeline, int group)
-      : pipeline(pipeline), group(group), first_channel(group * kChannels) {}
+      : pipeline(pipeline), group(group), first_channel(kTakesTurns ? 0 : group * kChannels) {}
 
-  // All warpgroups of the pipeline.
-  __device__ __forceinline__ void exchange_barrier() const {
-    ptx::named_barrier(1 + S::kConsumers + pipeline, S::kGroups * kGroupThreads);
+  // Whether the box whose dS lies in half `turn` of the exchange is this warpgroup's.
+  __device__ __forceinline__ bool has_turn(uint32_t turn) const {
+    return !kTakesTurns || turn == static_cast<uint32_t>(group);
+  }
+
+  // All warpgroups of the pipeline have put their dS into half `turn` of the exchange, and have
+  // read the other half. Who does not make dQ of it goes on.
+  template <bool kWaits>
+  __device__ __forceinline__ void exchange_barrier(uint32_t turn) const {
+    constexpr int kThreads = S::kGroups * kGroupThreads;
+    const int name = 1 + S::kConsumers + pipeline + (kTakesTurns ? turn : 0);
+    if constexpr (kWaits) {
+      ptx::named_barrier(name, kThreads);
+    } else {
+      ptx::named_barrier_arrive(name, kThreads);
+    }
   }
 
   // d = dS K, with the keys of group 0 at `keys` and those of the next behind them.
@@ -106,7 +127,7 @@ struct QueryShare {
     return threadIdx.x % kGroupThreads == 0;
   }
 
-  // Puts d into `buffer`, which the copy engine is done with.
+  // Puts d into the warpgroup's part of `buffer`, which the copy engine is done with.
   __device__ __forceinline__ void put(const float (&d)[kChannels / 2], uint32_t buffer) const {
     const int lane = threadIdx.x % kWarpLanes;
     const int warp_row = threadIdx.x % kGroupThreads / kWarpLanes * kWarpRows;
@@ -144,7 +165,7 @@ struct QueryShare {
 // Whether the scores of a visit are begun as soon as dQ of the one before lies in shared memory,
 // so that tensor cores have work while it is added; or after that. Measured: NOTES.md.
 template <class S>
-constexpr bool kScoresAhead = S::kDim > 64 || (S::kDim > 32 && S::kMaskProduct);
+constexpr bool kScoresAhead = S::kGroups > 1 || (S::kDim > 32 && S::kMaskProduct);
 
 // The scores of a visit, which become weights, and what masks them.
 template <class S>
@@ -255,15 +276,14 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
     };
     // The rest of a visit.
     const auto make_gradients = [&](Scores<S>& scores, const Visit& visit, const Visit& next,
-                                    uint32_t at, auto has_next) {
-      constexpr bool kHasNext = decltype(has_next)::value;
+                                    uint32_t at, auto has_next, auto has_turn) {
+      constexpr bool kHasNext = decltype(has_next)::value, kHasTurn = decltype(has_turn)::value;
       float dscores[kColumns / 2];
       uint32_t operand[kColumns / 4];  // P
       const uint32_t queries = ptx::shared_address(own.block(at));
       const uint32_t douts = ptx::shared_address(own.block(at + 1));
       const uint32_t buffers = ptx::shared_address(own.pipeline.exchange);
       const uint32_t exchange = buffers + turn * Exchange::kAllBytes;
-      turn ^= 1;
       own.wait(at + 1);
       if (!S::kMaskProduct && p.frame != nullptr) {
         clear_overhang<Columns>(own.block(at + 1), visit.walk, box);
@@ -316,12 +336,15 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       pack_all<T>(dweights, dscores);
       put_operand<Exchange>(exchange, group * kGroupRows, dweights);
       ptx::fence_async_proxy();
-      if (share.adds()) ptx::additions_wait_read();
-      share.exchange_barrier();
-      pin(dquery);
-      products_begin();
-      share.template multiply<T>(dquery, exchange, all_keys);
-      products_commit();
+      if (kHasTurn && share.adds()) ptx::additions_wait_read();
+      share.template exchange_barrier<kHasTurn>(turn);
+      turn ^= 1;
+      if constexpr (kHasTurn) {
+        pin(dquery);
+        products_begin();
+        share.template multiply<T>(dquery, exchange, all_keys);
+        products_commit();
+      }
       pin(dkey);
       products_begin();
       if constexpr (kFromRegisters) {
@@ -333,24 +356,34 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
       products_commit();
       products_wait<1>();
       pin(dvalue);
-      pin(dquery);
+      if constexpr (kHasTurn) pin(dquery);
       own.release(at + 1);
       const uint32_t buffer = buffers + 2 * Exchange::kAllBytes;
-      share.put(dquery, buffer);
+      if constexpr (kHasTurn) share.put(dquery, buffer);
       if constexpr (kAhead && kHasNext) begin_scores(scores, next, at + 2);
-      int32_t first[kMaxRank];
+      if constexpr (kHasTurn) {
+        int32_t first[kMaxRank];
 #pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        first[a] = table.visits.start[a] + p.window[a].dilation * visit.walk.at[a];
+        for (int a = 0; a < kMaxRank; ++a) {
+          first[a] = table.visits.start[a] + p.window[a].dilation * visit.walk.at[a];
+        }
+        share.add(buffer, &plan.sums,
+                  (table.key_head * plan.streams.members + visit.member) * S::kDim, first,
+                  static_cast<int32_t>(table.batch));
       }
-      share.add(buffer, &plan.sums,
-                (table.key_head * plan.streams.members + visit.member) * S::kDim, first,
-                static_cast<int32_t>(table.batch));
       if constexpr (kAhead) {
         products_wait<0>();
         if constexpr (kHasNext) scores_made(scores);
         keys_added();
         own.release(at);
+      }
+    };
+
+    const auto in_turn = [&](auto&&... rest) {
+      if (share.has_turn(turn)) {
+        make_gradients(rest..., std::true_type{});
+      } else if constexpr (Share::kTakesTurns) {
+        make_gradients(rest..., std::false_type{});
       }
     };
 
@@ -368,10 +401,10 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
         for (int32_t i = 0; i < last; ++i) {
           Visit next = visit;
           next.advance(box, boxes);
-          make_gradients(scores, visit, next, own.base + 2 * i, std::true_type{});
+          in_turn(scores, visit, next, own.base + 2 * i, std::true_type{});
           visit = next;
         }
-        make_gradients(scores, visit, visit, own.base + 2 * last, std::false_type{});
+        in_turn(scores, visit, visit, own.base + 2 * last, std::false_type{});
       }
     } else {
 #pragma unroll 1
@@ -382,7 +415,7 @@ __device__ __forceinline__ void GradientsPass::consume(const Plan& plan,
         products_wait<1>();
         keys_added();
         if (i > 0) own.release(at - 2);
-        make_gradients(scores, visit, visit, at, std::false_type{});
+        in_turn(scores, visit, visit, at, std::false_type{});
         visit.advance(box, boxes);
       }
       products_wait<0>();
