@@ -5,7 +5,8 @@
 //
 //   S0, dP0 | P0 dS0 | S1, dP1, dQ += dS0 K0 | P1 dS1 | ...
 //
-// The elementwise part of a box runs while the tensor cores multiply dS of the one before.
+// The elementwise part of a box runs while the tensor cores multiply dS of the one before, which
+// may be one of the last tile.
 #pragma once
 
 #include "../fused/delta.cuh"
@@ -53,6 +54,11 @@ struct DQueryPass {
   static __device__ __forceinline__ void consume(const Plan& plan,
                                                  Shared<DQueryPass, S>& shared, int index);
 };
+
+// Whether the gradient of a tile is completed and stored when the products of the next one's first
+// box are under way. Measured: NOTES.md.
+template <class S>
+constexpr bool kOverlapsTiles = S::kDim == 64;
 
 // delta of a warpgroup's rows, by one warp: eight lanes per row, and rows at once so that enough
 // loads are under way.
@@ -168,11 +174,44 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
   view.place<S::kGroups>(cut, group);
   float dquery[S::kDim / 2];
   uint32_t dweights[kColumns / 4];  // dS as an operand
+  bool pending = false;             // dS of a box is to be multiplied
+  uint32_t keys = 0;                // by the keys at this position,
+  bool due = false;                 // and then dQ is complete,
+  int32_t due_tokens[2];            // that of these tokens
+  T* due_to = nullptr;              // of a head here
 
+  const auto add_keys = [&] {
+    pin(dquery);
+    pin(dweights);
+    products_begin();
+    multiply_rows<T, Columns>(dquery, dweights, ptx::shared_address(own.block(keys)));
+    products_commit();
+  };
+  const auto store_gradient = [&] {
+    const float factor[2] = {scale, scale};
+    store_rows<T, S::kDim>(dquery, factor, due_tokens, due_to, int64_t{p.heads} * p.head_dim,
+                           p.head_dim);
+    clear(dquery);
+    due = false;
+  };
+  const auto keys_added = [&] {
+    products_wait<0>();
+    pin(dquery);
+    own.release(keys);
+    pending = false;
+  };
+  const auto finish_pending = [&] {
+    if (!pending) return;
+    add_keys();
+    keys_added();
+    if (due) store_gradient();
+  };
+
+  clear(dquery);
   for (;;) {
     const uint32_t stage = own.next_tile();
     const auto& table = own.pipeline.table[stage];
-    if (table.end) return;
+    if (table.end) break;
     if (p.head_dim < S::kDim || p.value_dim < S::kDim) {
       clear_padding<Rows>(own.rows(stage, 0), p.head_dim);
       clear_padding<Rows>(own.rows(stage, 1), p.value_dim);
@@ -212,23 +251,6 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     int32_t i = 0, next = uniform(table.first_box[group]),
             last = uniform(table.last_box[group]);
     BoxWalk walk = walk_of(table, cut, group);
-    clear(dquery);
-    bool pending = false;  // dS of a box is to be multiplied
-    uint32_t keys = 0;     // by the keys at this position
-
-    const auto add_keys = [&] {
-      pin(dquery);
-      pin(dweights);
-      products_begin();
-      multiply_rows<T, Columns>(dquery, dweights, ptx::shared_address(own.block(keys)));
-      products_commit();
-    };
-    const auto keys_added = [&] {
-      products_wait<0>();
-      pin(dquery);
-      own.release(keys);
-      pending = false;
-    };
     const auto visit = [&](int32_t i, auto has_pending) {
       constexpr bool kPending = decltype(has_pending)::value;
       const uint32_t at = own.base + 2 * i;
@@ -307,15 +329,13 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
         dscores[e] = weights[e] * (dscores[e] - delta[e / 2 % 2]);
       }
       if (masked) select<kColumns>(dscores, mask);
-      if constexpr (kPending) keys_added();
+      if constexpr (kPending) {
+        keys_added();
+        if (due) store_gradient();
+      }
       pack_all<T>(dweights, dscores);
       keys = at;
       pending = true;
-    };
-    const auto finish_pending = [&] {
-      if (!pending) return;
-      add_keys();
-      keys_added();
     };
 
     for (int run = 0; run < 2; ++run) {  // boxes in the grid, then those of additional keys
@@ -333,16 +353,18 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
       next = grid_boxes;
       last = boxes;
     }
-    finish_pending();
     own.base += 2 * boxes;
 
-    T* const to = static_cast<T*>(plan.call.dquery) + table.first_row * p.head_dim;
-    int32_t tokens[2];
-    read_tokens(tokens, table.token[group]);
+    // ---- The tile is done but for its last keys ----
+    // Here, or if it saw nothing, so that the one before still waits.
+    if (!kOverlapsTiles<S> || due) finish_pending();
+    due_to = static_cast<T*>(plan.call.dquery) + table.first_row * p.head_dim;
+    read_tokens(due_tokens, table.token[group]);
     own.release_tile(stage);
-    const float factor[2] = {scale, scale};
-    store_rows<T, S::kDim>(dquery, factor, tokens, to, int64_t{p.heads} * p.head_dim, p.head_dim);
+    due = true;
+    if (!pending) store_gradient();
   }
+  finish_pending();
 }
 
 template <typename T, int kDim>
