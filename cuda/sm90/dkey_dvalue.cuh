@@ -6,12 +6,14 @@
 //
 //   S0, dP0 | P0 | dV += P0 dO0 | dS0 | dK += dS0 Q0, S1, dP1 | P1 | ...
 //
-// The weights of a box are made while the tensor cores still add dK of the one before.
+// The weights of a box are made while the tensor cores still add dK of the one before, and two
+// warpgroups that share a pipeline take turns in beginning a box.
 #pragma once
 
 #include "kernel.cuh"
 #include "softmax.cuh"
 #include "statistics.cuh"
+#include "turns.cuh"
 
 namespace jax_na::cuda::sm90 {
 
@@ -73,6 +75,7 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
   const int group = own.group;
   RowView view;
   view.place<S::kGroups>(cut, group);
+  const Turns<S::kGroups> turns(group);
   float dkey[S::kDim / 2], dvalue[S::kDim / 2];
   uint32_t dweights[kColumns / 4];  // dS as an operand
   bool pending = false;             // dK += dS Q is under way,
@@ -104,6 +107,11 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
     clear(dkey);
     clear(dvalue);
 
+    const auto pass_by = [&](uint32_t at) {
+      turns.wait();
+      turns.pass();
+      own.pass_by(at);
+    };
     const auto visit = [&](int32_t member, const BoxWalk& walk, uint32_t at) {
       float weights[kColumns / 2], dscores[kColumns / 2];
       uint32_t operand[kColumns / 4];  // P
@@ -118,6 +126,8 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
         bias().begin(weights, own.pipeline.bias[stage], shared.bias);
       }
       own.wait(at);
+      own.wait(at + 1);
+      turns.wait();
       pin(weights);
       multiply_and_mask<S>(weights, keys, queries, masks, shared.constants);
       products_commit();
@@ -125,7 +135,6 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       pin(dkey);
       pin(dweights);
       if (pending) own.release(pending_queries);
-      own.wait(at + 1);
       if (p.frame != nullptr) {  // what lies beyond the frame is no number
         products_wait<0>();
         pin(weights);
@@ -137,6 +146,7 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       products_begin();
       multiply_channels<T, Rows, Columns>(dscores, values, douts);
       products_commit();
+      turns.pass();
 
       // ---- Weights ----
       const bool masked = !S::kMaskProduct &&
@@ -198,7 +208,7 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       int32_t i = 0;
       if (i < first) finish_pending();
 #pragma unroll 1
-      for (; i < first; ++i) own.pass_by(own.base + 2 * i);
+      for (; i < first; ++i) pass_by(own.base + 2 * i);
 #pragma unroll 1
       for (; i < last; ++i) {
         visit(member, walk, own.base + 2 * i);
@@ -206,7 +216,7 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       }
       if (i < boxes) finish_pending();
 #pragma unroll 1
-      for (; i < boxes; ++i) own.pass_by(own.base + 2 * i);
+      for (; i < boxes; ++i) pass_by(own.base + 2 * i);
       own.base += 2 * boxes;
     }
 

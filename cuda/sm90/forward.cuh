@@ -9,6 +9,7 @@
 
 #include "kernel.cuh"
 #include "softmax.cuh"
+#include "turns.cuh"
 
 namespace jax_na::cuda::sm90 {
 
@@ -80,38 +81,6 @@ struct ForwardPass {
                                                  Shared<ForwardPass, S>& shared, int index);
 };
 
-// Warpgroups take turns in giving work to the tensor cores, so that one does its softmax while
-// another's products run. Every warpgroup has one turn per box, whether it sees it or not.
-template <int kGroups, bool kTaken>
-struct Turns {
-  static constexpr int kFirstName = 1 + kGroups;  // barriers of single warpgroups come before
-  int group;
-
-  __device__ __forceinline__ explicit Turns(int group) : group(group) {
-    if constexpr (kTaken) {
-      for (int g = 0; g < group; ++g) arrive(g);
-    }
-  }
-  __device__ __forceinline__ void wait() const {
-    if constexpr (kTaken) {
-      ptx::named_barrier(kFirstName + group, kGroups * kGroupThreads);
-    }
-  }
-  __device__ __forceinline__ void pass() const {
-    if constexpr (kTaken) {
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        if (g != group) arrive(g);
-      }
-    }
-  }
-
- private:
-  __device__ __forceinline__ void arrive(int g) const {
-    ptx::named_barrier_arrive(kFirstName + g, kGroups * kGroupThreads);
-  }
-};
-
 // ---- Consumer ----------------------------------------------------------------------------
 
 template <class S>
@@ -134,7 +103,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
 
   Consumer<S> own(shared.pipeline[index / S::kGroups], index);
   const int group = own.group;
-  const Turns<S::kGroups, S::kGroups == 2> turns(group);
+  const Turns<S::kGroups> turns(group);
   RowView view;
   view.place<S::kGroups>(cut, group);
   SeenBits<S::kDim> seen;
