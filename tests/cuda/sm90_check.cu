@@ -66,10 +66,11 @@ __global__ void fill(T* array, double* wide, size_t count, uint64_t seed) {
   }
 }
 
-__global__ void narrow(const double* from, float* to, size_t count) {
+template <typename T>
+__global__ void narrow(const double* from, T* to, size_t count) {
   const size_t step = size_t{gridDim.x} * blockDim.x;
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count; i += step) {
-    to[i] = static_cast<float>(from[i]);
+    to[i] = static_cast<T>(static_cast<float>(from[i]));
   }
 }
 
@@ -260,7 +261,8 @@ class Check {
     const size_t counts[3] = {queries_ * p.head_dim, keys_ * p.head_dim, keys_ * p.value_dim};
     const void *wide_dout, *wide_dlse;
     const T* dout = random<T>(queries_ * p.value_dim, 7, &wide_dout);
-    random<float>(queries_, 8, &wide_dlse);
+    const float* dlse = random<float>(queries_, 8, &wide_dlse);
+    T* out = memory_.take<T>(queries_ * p.value_dim);
     T* gradients[3];
     for (int i = 0; i < 3; ++i) gradients[i] = memory_.take<T>(counts[i]);
     float* lse = memory_.take<float>(queries_);
@@ -304,7 +306,8 @@ class Check {
                               static_cast<const double*>(wide_dlse), queries_, p.value_dim,
                               wide_delta);
     narrow<<<1024, 256>>>(wide_lse, lse, queries_);
-    narrow<<<1024, 256>>>(wide_delta, delta, queries_);
+    narrow<<<1024, 256>>>(wide_out, out, queries_ * p.value_dim);
+    require(cudaMemset(delta, 0xff, queries_ * sizeof(float)));
     BackwardCall wide = call;
     wide.problem = forward.problem;
     wide.in = wide_;
@@ -325,7 +328,10 @@ class Check {
         require(cudaMemset(gradients[i], 0xff, counts[i] * sizeof(T)));
       }
     };
-    require(backward_sm90(call, tiling, workspace, nullptr));
+    BackwardCall with_delta = call;  // which is given to what follows
+    with_delta.out = out;
+    with_delta.dlse = dlse;
+    require(backward_sm90(with_delta, tiling, workspace, nullptr));
     check("");
     if (in_one_walk) {
       require(gradients_sm90(call, walk, workspace, nullptr));
