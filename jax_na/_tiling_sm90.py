@@ -183,18 +183,18 @@ FORWARD = Pass(
 DQUERY = Pass(
     "dquery",
     False,
-    Costs(mask=3.7, tile=1750, skip=880),
+    Costs(mask=3.8, tile=1730, skip=880),
     {
         32: (
-            Kernel(64, 1, 3, 460, product_cycles=460),
+            Kernel(64, 1, 3, 460, product_cycles=470),
             Kernel(80, 1, 3, 520, product_cycles=530),
         ),
         64: (
-            Kernel(80, 1, 2, 860, product_cycles=990),
-            Kernel(96, 1, 2, 1000, product_cycles=1050),
+            Kernel(80, 1, 2, 860, product_cycles=950),
+            Kernel(96, 1, 2, 940, product_cycles=1100),
         ),
-        96: (Kernel(64, 2, 1, 1100, product_cycles=960, most_seen=64),),
-        128: (Kernel(64, 2, 1, 1090, product_cycles=1100, most_seen=64),),
+        96: (Kernel(64, 2, 1, 1090, product_cycles=960, most_seen=64),),
+        128: (Kernel(64, 2, 1, 1080, product_cycles=1100, most_seen=64),),
     },
     {32: 815, 64: 980, 96: 1440, 128: 1920},
 )
@@ -202,12 +202,12 @@ DQUERY = Pass(
 DKEY_DVALUE = Pass(
     "dkey_dvalue",
     True,
-    Costs(mask=3.7, tile=1880, skip=250),
+    Costs(mask=3.6, tile=1950, skip=230),
     {
-        32: (Kernel(64, 1, 3, 670, product_cycles=600),),
+        32: (Kernel(64, 1, 3, 660, product_cycles=590),),
         64: (
-            Kernel(48, 1, 3, 760, product_cycles=750),
-            Kernel(80, 1, 2, 1220, product_cycles=1280),
+            Kernel(48, 1, 3, 770, product_cycles=750),
+            Kernel(80, 1, 2, 1250, product_cycles=1270),
         ),
         96: (Kernel(64, 2, 1, 1750, product_cycles=1550, most_seen=64),),
         128: (Kernel(64, 2, 1, 1710, product_cycles=1670, most_seen=64),),
@@ -219,15 +219,15 @@ DKEY_DVALUE = Pass(
 GRADIENTS = Pass(
     "gradients",
     True,
-    Costs(mask=4.6, tile=2260, skip=0),
+    Costs(mask=4.5, tile=2320, skip=0),
     {
-        32: (Kernel(64, 1, 3, 970, product_cycles=870),),
+        32: (Kernel(64, 1, 3, 970, product_cycles=860),),
         64: (
-            Kernel(64, 1, 2, 1680, product_cycles=1500),
-            Kernel(64, 2, 1, 1530, product_cycles=1460, together=True),
+            Kernel(64, 1, 2, 1600, product_cycles=1480),
+            Kernel(64, 2, 1, 1480, product_cycles=1360, together=True),
         ),
         128: (
-            Kernel(64, 2, 1, 2450, product_cycles=2340, together=True, most_seen=64),
+            Kernel(64, 2, 1, 2450, product_cycles=2330, together=True, most_seen=64),
         ),
     },
     {
