@@ -73,7 +73,8 @@ template <class S>
 struct QueryShare {
   static_assert(S::kColumns == kGroupRows);  // queries are rows of a product, too
   static constexpr bool kTakesTurns = GradientsPass::kTakesTurns<S::kDim, S::kGroups>;
-  static_assert(!kTakesTurns || S::kGroups == 2);  // as many as halves of the exchange
+  // As many as halves of the exchange, and names of barriers.
+  static_assert(!kTakesTurns || (S::kGroups == 2 && S::kPipelines == 1));
   static constexpr int kChannels = kTakesTurns ? S::kDim : S::kDim / S::kGroups;
   static constexpr int kBlocks = kChannels / kSumChannels;
   static constexpr int kBlockBytes = S::kColumns * kSumChannels * 4;

@@ -115,7 +115,7 @@ __device__ __forceinline__ void store_shared(uint32_t address, float a, float b,
                : "memory");
 }
 
-// ld.shared.v4.b32
+// ld.shared.v2.f32
 __device__ __forceinline__ float2 load_shared_64(uint32_t address) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
