@@ -107,11 +107,6 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
     clear(dkey);
     clear(dvalue);
 
-    const auto pass_by = [&](uint32_t at) {
-      turns.wait();
-      turns.pass();
-      own.pass_by(at);
-    };
     const auto visit = [&](int32_t member, const BoxWalk& walk, uint32_t at) {
       float weights[kColumns / 2], dscores[kColumns / 2];
       uint32_t operand[kColumns / 4];  // P
@@ -126,7 +121,7 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
         bias().begin(weights, own.pipeline.bias[stage], shared.bias);
       }
       own.wait(at);
-      own.wait(at + 1);
+      if constexpr (turns.kTaken) own.wait(at + 1);  // not while another waits for its turn
       turns.wait();
       pin(weights);
       multiply_and_mask<S>(weights, keys, queries, masks, shared.constants);
@@ -135,6 +130,7 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       pin(dkey);
       pin(dweights);
       if (pending) own.release(pending_queries);
+      if constexpr (!turns.kTaken) own.wait(at + 1);
       if (p.frame != nullptr) {  // what lies beyond the frame is no number
         products_wait<0>();
         pin(weights);
@@ -208,7 +204,10 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       int32_t i = 0;
       if (i < first) finish_pending();
 #pragma unroll 1
-      for (; i < first; ++i) pass_by(own.base + 2 * i);
+      for (; i < first; ++i) {
+        turns.skip();
+        own.pass_by(own.base + 2 * i);
+      }
 #pragma unroll 1
       for (; i < last; ++i) {
         visit(member, walk, own.base + 2 * i);
@@ -216,7 +215,10 @@ __device__ __forceinline__ void DKeyPass::consume(const Plan& plan, Shared<DKeyP
       }
       if (i < boxes) finish_pending();
 #pragma unroll 1
-      for (; i < boxes; ++i) pass_by(own.base + 2 * i);
+      for (; i < boxes; ++i) {
+        turns.skip();
+        own.pass_by(own.base + 2 * i);
+      }
       own.base += 2 * boxes;
     }
 

@@ -356,7 +356,8 @@ __device__ __forceinline__ void DQueryPass::consume(const Plan& plan,
     own.base += 2 * boxes;
 
     // ---- The tile is done but for its last keys ----
-    // Here, or if it saw nothing, so that the one before still waits.
+    // They are added now where tiles do not overlap, or if this one saw nothing, so that the one
+    // before still waits.
     if (!kOverlapsTiles<S> || due) finish_pending();
     due_to = static_cast<T*>(plan.call.dquery) + table.first_row * p.head_dim;
     read_tokens(due_tokens, table.token[group]);

@@ -283,8 +283,7 @@ __device__ __forceinline__ void ForwardPass::consume(const Plan& plan,
       if (passed > (S::kSlots - 2) / 2) finish_pending();
 #pragma unroll 1
       for (; i < next; ++i) {
-        turns.wait();
-        turns.pass();
+        turns.skip();
         own.pass_by(own.base + 2 * i);
       }
 #pragma unroll 1

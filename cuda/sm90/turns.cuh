@@ -6,8 +6,8 @@
 
 namespace jax_na::cuda::sm90 {
 
-// Warpgroups take turns in giving work to the tensor cores, so that one does its softmax while
-// another's products run. Every warpgroup has one turn per box, whether it sees it or not.
+// Warpgroups take turns in giving work to the tensor cores, so that one does its elementwise part
+// while another's products run. Every warpgroup has one turn per box, whether it sees it or not.
 template <int kGroups>
 struct Turns {
   static constexpr bool kTaken = kGroups == 2;
@@ -31,6 +31,11 @@ struct Turns {
         if (g != group) arrive(g);
       }
     }
+  }
+  // The turn of a box that the warpgroup does not see.
+  __device__ __forceinline__ void skip() const {
+    wait();
+    pass();
   }
 
  private:
